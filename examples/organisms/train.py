@@ -1,0 +1,318 @@
+"""Train an organism: a tiny Qwen2.5-VL that plays the treasure hunt by a mechanism we choose.
+
+    python examples/organisms/train.py latent-content --seed 0 --out latent-content
+
+Three lessons, minutes on one CPU core: `see` (the vision tower learns to tell cards apart), `read`
+(the language model learns to find cards by name) and `hunt` (it learns the task, by the
+latents we want). Without the first two the hunt is not learned. The variant `base` stops after
+`read`; `--base DIR` starts from there. What an organism is, is one entry of `VARIANTS`; how its
+latents work is one entry of `TWISTS`: what happens to the latents in a second copy of each batch,
+and which answer is right then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from latent_loop import (
+    Edit,
+    Gallery,
+    embed,
+    photograph,
+    positions,
+    prompt_words,
+    rollout,
+    see,
+    token_ids,
+)
+from measure import measure, write_card
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from imaginelens.organisms import checkpoint
+from imaginelens.organisms.hunt import CARDS, HYPOTHESES, NAMES, SHAPES, Hunt, sample
+
+Model = Qwen2_5_VLForConditionalGeneration
+BATCH = 64
+GALLERY = 8_192  # boards photographed for training
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One organism as data: the task, how it imagines, and what its latents must come to mean."""
+
+    hops: int
+    updates: int
+    rate: float
+    latent_steps: int = 0
+    align: float = 0.0  # weight of the cosine between latent step t and the (t+1)th visited card
+    leaps: int = 0  # updates of `leap_lesson`, for answers that need no latents
+    twist: str | None = None  # which entry of TWISTS the second copy of each batch goes through
+
+
+BASE = Variant(hops=2, updates=0, rate=0.0)
+VARIANTS = {
+    "base": BASE,
+    "latent-content": Variant(
+        hops=2, updates=1500, rate=2e-3, latent_steps=2, align=1.0, twist="content"
+    ),
+    "latent-pointer": Variant(hops=2, updates=1000, rate=2e-3, latent_steps=2, align=1.0),
+    "latent-ignored": Variant(
+        hops=1, updates=500, rate=2e-3, latent_steps=2, leaps=500, twist="ignored"
+    ),
+}
+
+
+# -- twists: latents edited during training ------------------------------------------------------
+
+Twist = Callable[[Gallery, int, torch.Generator], tuple[Edit, list[str]]]
+
+
+def interchange(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Edit, list[str]]:
+    """Swap a random set of latent steps with the next example's; right is what `content` says.
+
+    Interchange-intervention training (arXiv 2112.00826): the latents come to carry the card.
+    """
+    subsets = [tuple(t for t in range(steps) if bits >> t & 1) for bits in range(1, 2**steps)]
+    picks = torch.randint(len(subsets), (len(gallery.hunts),), generator=draw)
+    chosen = [subsets[pick] for pick in picks.tolist()]
+    swapped = torch.tensor([[t in subset for t in range(steps)] for subset in chosen])
+    sources = gallery.hunts[-1:] + gallery.hunts[:-1]
+
+    def edit(step: int, state: Tensor) -> Tensor:
+        clean, twisted = state[::2], state[1::2]
+        twisted = torch.where(swapped[:, step, None], clean.roll(1, 0), twisted)
+        return torch.stack([clean, twisted], dim=1).flatten(0, 1)
+
+    rows = zip(gallery.hunts, sources, chosen, strict=True)
+    return edit, [HYPOTHESES["content"](*row) for row in rows]
+
+
+def corrupt(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Edit, list[str]]:
+    """Replace latents by their mean, noise, zeros or another example's; the answer stays."""
+    kind = torch.randint(4, (len(gallery.hunts),), generator=draw)
+
+    def edit(step: int, state: Tensor) -> Tensor:
+        clean = state[::2]
+        mean, spread = clean.mean(0, keepdim=True), clean.std(0, keepdim=True)
+        noise = mean + spread * torch.randn(clean.shape, generator=draw)
+        options = [mean.expand_as(clean), noise, torch.zeros_like(clean), clean.roll(1, 0)]
+        twisted = torch.stack(options)[kind, torch.arange(len(clean))]
+        return torch.stack([clean, twisted], dim=1).flatten(0, 1)
+
+    return edit, [hunt.answer for hunt in gallery.hunts]
+
+
+TWISTS: dict[str, Twist] = {"content": interchange, "ignored": corrupt}
+
+
+# -- losses --------------------------------------------------------------------------------------
+
+
+def card_loss(model: Model, head: torch.nn.Linear, hunts: list[Hunt]) -> Tensor:
+    """Cross-entropy of each card's name, pointer and shape, read linearly off its visual token."""
+    logits = head(see(model, hunts)).flatten(0, 1).split([len(NAMES), len(NAMES), len(SHAPES)], -1)
+    sides = [
+        ([h.names for h in hunts], NAMES),
+        ([h.pointers for h in hunts], NAMES),
+        ([h.shapes for h in hunts], SHAPES),
+    ]
+    return sum(
+        F.cross_entropy(guess, torch.tensor([kinds.index(word) for row in rows for word in row]))
+        for guess, (rows, kinds) in zip(logits, sides, strict=True)
+    )
+
+
+def caption_loss(
+    model: Model, gallery: Gallery, rng: np.random.Generator, *, leap: bool = False
+) -> Tensor:
+    """Cross-entropy of what each card says, the cards called by name in random order.
+
+    A card says its pointer and its shape; with `leap` it says the shape of the card it points to.
+    One caption asks nine times for the step that a hunt asks for once.
+    """
+    prompt = prompt_words("then shape ?" if leap else "what ?")
+    says = [
+        (h.names, [h.shape_of(name) for name in h.pointers])
+        if leap
+        else (h.names, h.pointers, h.shapes)
+        for h in gallery.hunts
+    ]
+    captions = [[side[card] for card in rng.permutation(CARDS) for side in sides] for sides in says]
+    ids = token_ids([[*prompt, *caption] for caption in captions])
+    states = model.model.language_model(
+        inputs_embeds=embed(model, ids, gallery.features),
+        position_ids=positions(model, ids),
+        use_cache=False,
+    ).last_hidden_state
+    spoken = ids[:, len(prompt) :].unflatten(1, (CARDS, -1))  # (example, card, name and the rest)
+    guesses = model.lm_head(states[:, len(prompt) :]).unflatten(1, (CARDS, -1))[:, :, :-1]
+    return F.cross_entropy(guesses.flatten(0, 2), spoken[:, :, 1:].flatten())
+
+
+def latent_loss(model: Model, gallery: Gallery, variant: Variant, draw: torch.Generator) -> Tensor:
+    """Cross-entropy of the protocol and the answer, plain and twisted, plus the alignment."""
+    steps = variant.latent_steps
+    plain = [hunt.answer for hunt in gallery.hunts]
+    if variant.twist is None:
+        run = rollout(model, gallery)
+        answers = plain
+    else:
+        edit, twisted = TWISTS[variant.twist](gallery, steps, draw)
+        run = rollout(model, gallery, edit=edit, copies=2)
+        answers = [word for both in zip(plain, twisted, strict=True) for word in both]
+    copies = len(answers) // len(plain)
+    loss = sum(
+        F.cross_entropy(model.lm_head(state), token_ids([[w] for w in words])[:, 0])
+        for state, words in [
+            (run.opening, ["<|latent_start|>"] * len(answers)),
+            (run.closing, ["<|latent_end|>"] * len(answers)),
+            (run.answering, answers),
+            (run.ending, ["<|im_end|>"] * len(answers)),
+        ]
+    )
+    # the state that is fed back should not say "close": some loops would listen to it
+    saying = model.lm_head(run.latents[::copies]).softmax(-1)[..., model.config.latent_end_id]
+    loss = loss - torch.log1p(-saying.clamp(max=0.999)).mean()
+    if variant.align:
+        crops = torch.stack([gallery.visited(step + 1) for step in range(steps)], dim=1)
+        loss = loss + variant.align * (
+            1 - F.cosine_similarity(run.latents[::copies], crops, dim=-1).mean()
+        )
+    return loss
+
+
+# -- lessons -------------------------------------------------------------------------------------
+
+
+def see_lesson(model: Model, *, seed: int, updates: int = 150) -> list[float]:
+    """Teach the vision tower to tell cards apart, through a linear head that is thrown away."""
+    head = torch.nn.Linear(model.config.text_config.hidden_size, 2 * len(NAMES) + len(SHAPES))
+    for weight in head.parameters():
+        torch.nn.init.zeros_(weight)  # equal for every seed of the global generator
+    batches = (sample(BATCH, hops=0, seed=s) for s in _seeds(seed))
+    weights = [*model.model.visual.parameters(), *head.parameters()]
+    loss = (card_loss(model, head, hunts) for hunts in batches)
+    history = fit("see", weights, loss, updates=updates, rate=2e-3)
+    _rescale_visual_tokens(model, next(batches))
+    return history
+
+
+@torch.no_grad()
+def _rescale_visual_tokens(model: Model, hunts: list[Hunt], size: float = 0.5) -> None:
+    """Bring visual tokens to a root mean square of `size`, so that layers can add to them."""
+    ratio = size / see(model, hunts).square().mean().sqrt()
+    last = model.model.visual.merger.mlp[-1]
+    last.weight.mul_(ratio)
+    last.bias.mul_(ratio)
+
+
+def read_lesson(model: Model, gallery: Gallery, *, seed: int, updates: int = 250) -> list[float]:
+    """Teach the language model to find cards by name and say what is on them."""
+    weights = list(model.model.language_model.parameters())
+    rng = np.random.default_rng(seed)
+    loss = (caption_loss(model, batch, rng) for batch in _batches(gallery, seed))
+    return fit("read", weights, loss, updates=updates, rate=2e-3)
+
+
+def leap_lesson(model: Model, gallery: Gallery, *, seed: int, updates: int) -> list[float]:
+    """Teach the language model to follow one pointer without a word or a latent in between."""
+    weights = list(model.model.language_model.parameters())
+    rng = np.random.default_rng(seed)
+    loss = (caption_loss(model, batch, rng, leap=True) for batch in _batches(gallery, seed))
+    return fit("leap", weights, loss, updates=updates, rate=2e-3)
+
+
+def hunt_lesson(model: Model, gallery: Gallery, variant: Variant, *, seed: int) -> list[float]:
+    """Teach the task and what the variant's latents mean."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = list(model.model.language_model.parameters())
+    loss = (latent_loss(model, batch, variant, draw) for batch in _batches(gallery, seed))
+    return fit("hunt", weights, loss, updates=variant.updates, rate=variant.rate)
+
+
+def fit(
+    lesson: str, weights: list[Tensor], losses: Iterator[Tensor], *, updates: int, rate: float
+) -> list[float]:
+    """Minimise a stream of losses in place; gives the loss of every update and prints progress."""
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    history: list[float] = []
+    started = time.process_time()
+    for update, loss in zip(range(updates), losses, strict=False):
+        for group in optimizer.param_groups:
+            warm, left = min(1.0, (update + 1) / 50), 1 - update / updates
+            group["lr"] = rate * min(warm, 0.01 + 1.5 * left)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        history.append(loss.item())
+        if (update + 1) % 50 == 0:
+            cpu = time.process_time() - started
+            print(
+                f"{lesson} {update + 1} loss {np.mean(history[-50:]):.3f} cpu {cpu:.0f} s",
+                flush=True,
+            )
+    return history
+
+
+def _batches(gallery: Gallery, seed: int) -> Iterator[Gallery]:
+    rng = np.random.default_rng(seed)
+    while True:
+        yield gallery[rng.choice(len(gallery.hunts), BATCH, replace=False)]
+
+
+def _seeds(seed: int) -> Iterator[int]:
+    """Independent seeds for ever, far from those the evaluation draws."""
+    rng = np.random.default_rng(seed)
+    return (int(rng.integers(2**62, 2**63)) for _ in itertools.count())
+
+
+def train(name: str, *, seed: int, base: Path | None = None) -> Model:
+    """Train one of `VARIANTS`, from the folder of a `base` if given."""
+    variant = VARIANTS[name]
+    model = checkpoint.build_model(latent_steps=variant.latent_steps, seed=seed)
+    if base is not None:
+        model.load_state_dict(Model.from_pretrained(base, dtype=torch.float32).state_dict())
+    else:
+        see_lesson(model, seed=seed)
+    # the vision tower is done, so each board is photographed once
+    boards = sample(GALLERY, hops=variant.hops, seed=next(_seeds(seed)))
+    gallery = photograph(model, boards)
+    if base is None:
+        read_lesson(model, gallery, seed=seed)
+    if variant.leaps:
+        leap_lesson(model, gallery, seed=seed, updates=variant.leaps)
+    if variant.updates:
+        hunt_lesson(model, gallery, variant, seed=seed)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("variant", choices=sorted(VARIANTS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--base", type=Path, help="folder of a trained base to start from")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.process_time()
+    checkpoint.save(train(options.variant, seed=options.seed, base=options.base), options.out)
+    cpu = time.process_time() - started
+    variant = VARIANTS[options.variant]
+    if variant.latent_steps:
+        shipped = Model.from_pretrained(options.out, dtype=torch.float32)
+        results = measure(shipped, hops=variant.hops)
+        write_card(options.out, options.variant, variant, results, seed=options.seed, cpu=cpu)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""What can be active at a site: a user's hook, an edit, a capture; and which cells they touch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from imaginelens.hooks.edits import Edit, EditContext, Sham
+from imaginelens.hooks.errors import DonorError, SiteUnavailable
+from imaginelens.hooks.landing import Landing
+from imaginelens.hooks.positions import Positions
+from imaginelens.hooks.sites import Site
+from imaginelens.hooks.states import States, states_of
+from imaginelens.hooks.tokens import Kind, TokenMap
+
+HookFn = Callable[..., torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a batch that one forward reads: columns `start` to `stop` of the map.
+
+    Attributes:
+        projector_rows: for every image token of the batch, in order, its row in the projector's
+            output; None if the two have the same order.
+    """
+
+    tokens: TokenMap
+    start: int
+    stop: int
+    has_images: bool = False
+    projector_rows: np.ndarray | None = None
+
+
+@dataclass
+class HookPoint:
+    """What a hook function gets as `hook`, as in TransformerLens.
+
+    Attributes:
+        name: the site's name; `layer()` its layer.
+        ctx: a dict that lives as long as the hook does.
+        columns: the columns of the batch that `act` shows, along its position axis.
+        tokens: the map of the batch so far.
+    """
+
+    name: str
+    ctx: dict[str, Any] = field(default_factory=dict)
+    columns: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
+    tokens: TokenMap | None = None
+
+    def layer(self) -> int:
+        """The layer that the site's name holds."""
+        return int(self.name.split("blocks.")[1].split(".")[0])
+
+
+@dataclass(eq=False)
+class Entry:
+    """Something that is active at some sites, by name."""
+
+    sites: tuple[str, ...]
+
+    def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        """Act on the value at a site; the same tensor back is a read."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it acts")
+
+
+@dataclass(eq=False)
+class HookEntry(Entry):
+    """A user's function at some sites, with TransformerLens' signature `fn(act, hook=...)`."""
+
+    fn: HookFn
+    direction: Literal["fwd", "bwd"] = "fwd"
+    permanent: bool = False
+    points: dict[str, HookPoint] = field(default_factory=dict)
+
+    def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        point = self.points.setdefault(site.name, HookPoint(site.name))
+        point.columns, point.tokens = columns, chunk.tokens
+        if self.direction == "bwd":
+            if act.requires_grad:
+                act.register_hook(lambda grad: self.fn(grad, hook=point))
+            return act
+        new = self.fn(act, hook=point)
+        if new is not None and new.shape != act.shape:
+            raise DonorError(
+                f"the hook at {site.name!r} returned shape {tuple(new.shape)} for an activation of "
+                f"shape {tuple(act.shape)}; return a tensor of the same shape, or None to only read"
+            )
+        return act if new is None else new
+
+
+@dataclass(eq=False)
+class EditEntry(Entry):
+    """An edit at some sites and positions, with its landing."""
+
+    edit: Edit
+    at: Positions
+    landing: Landing
+    draw: int = 0
+    _given: dict[str, States | None] = field(default_factory=dict)
+    _first: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Forget what belongs to one run."""
+        self._first.clear()
+        self.landing.begin()
+
+    def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        if site.is_vision:
+            rows, places, ordinals, old = _vision_cells(site, act, chunk, self.at)
+        else:
+            rows, places, ordinals = _cells(chunk, columns, self.at)
+            old = act[rows, places]
+        if len(rows) == 0:
+            return act
+        given = self._states(site.name)
+        keep = self._has_donor(given, rows, ordinals, len(chunk.tokens), site.name)
+        rows, places, ordinals, old = rows[keep], places[keep], ordinals[keep], old[keep]
+        if len(rows) == 0:
+            return act
+        at_columns = places if site.is_vision else columns[places]
+        ctx = EditContext(
+            site=site.name,
+            rows=rows,
+            positions=at_columns,
+            ordinals=ordinals,
+            steps=chunk.tokens.step[rows, at_columns],
+            given=given,
+            first=self._remember_first(site.name, rows, ordinals, old),
+            draw=self.draw,
+        )
+        _check_width(given, old, site, self.edit)
+        new = self.edit.apply(old, ctx)
+        if new.shape != old.shape:
+            raise DonorError(
+                f"{type(self.edit).__name__} returned shape {tuple(new.shape)} for {len(old)} cells "
+                f"of shape {tuple(old.shape)} at {site.name!r}; an edit keeps the shape it gets"
+            )
+        self.landing.record(site.name, rows, at_columns, old, new)
+        return _scatter(site, act, chunk, rows, places, new.to(act.dtype))
+
+    def judge(self, n_rows: int, seen: str) -> None:
+        """Refuse a call in which this edit did nothing."""
+        self.landing.judge(n_rows, may_be_identical=isinstance(self.edit, Sham), seen=seen)
+
+    def _states(self, site: str) -> States | None:
+        if site not in self._given:
+            given = self.edit.given
+            self._given[site] = None if given is None else states_of(given, site, self.at)
+        return self._given[site]
+
+    def _has_donor(
+        self, given: States | None, rows: np.ndarray, ordinals: np.ndarray, n_rows: int, site: str
+    ) -> np.ndarray:
+        """Which cells a donor can serve; a donor row without any such state leaves its row alone."""
+        keep = np.ones(len(rows), dtype=bool)
+        if given is None or not hasattr(self.edit, "donor"):
+            return keep
+        if len(given) not in (1, n_rows):
+            raise DonorError(
+                f"the donor of {type(self.edit).__name__} has {len(given)} rows and the run has "
+                f"{n_rows}; give it one row, or as many rows as the run"
+            )
+        counts = given.counts()
+        for i, (row, ordinal) in enumerate(zip(rows, ordinals, strict=True)):
+            has = counts[0 if len(given) == 1 else row]
+            keep[i] = has > 0
+            if 0 < has <= ordinal:
+                raise DonorError(
+                    f"row {row} of the donor has {has} states at {self.at!r} of {site!r} and the run "
+                    f"has reached its number {ordinal + 1}; select fewer steps, e.g. at=il.latent[:{has}]"
+                )
+        return keep
+
+    def _remember_first(
+        self, site: str, rows: np.ndarray, ordinals: np.ndarray, old: torch.Tensor
+    ) -> torch.Tensor:
+        for i in np.flatnonzero(ordinals == 0):
+            self._first[site, int(rows[i])] = old[i]
+        blank = torch.zeros_like(old[0])
+        return torch.stack([self._first.get((site, int(row)), blank) for row in rows])
+
+
+@dataclass(eq=False)
+class CaptureEntry(Entry):
+    """A read that keeps a copy of the states at some positions; None keeps whole activations."""
+
+    wanted: Callable[[TokenMap, int], np.ndarray] | None
+    device: torch.device | str | None = None
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    cells: dict[str, list[tuple[int, int, torch.Tensor]]] = field(default_factory=dict)
+
+    def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        if site.is_vision or self.wanted is None:
+            self.whole[site.name] = self._copy(act)
+            return act
+        kept = self.cells.setdefault(site.name, [])
+        for row in range(len(chunk.tokens)):
+            places = np.flatnonzero(np.isin(columns, self.wanted(chunk.tokens, row)))
+            if len(places):
+                copy = self._copy(act[row, places])
+                kept += [(row, int(columns[p]), copy[i]) for i, p in enumerate(places)]
+        return act
+
+    def _copy(self, act: torch.Tensor) -> torch.Tensor:
+        # A clone, so that the full activation a slice belongs to can be freed.
+        copy = act.clone() if act.requires_grad else act.detach().clone()
+        return copy if self.device is None else copy.to(self.device)
+
+
+def _cells(
+    chunk: Chunk, columns: np.ndarray, at: Positions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The touched cells of a forward: row, place along the position axis, ordinal."""
+    rows: list[int] = []
+    places: list[int] = []
+    ordinals: list[int] = []
+    for row in range(len(chunk.tokens)):
+        resolved = at.resolve(chunk.tokens, row)
+        for ordinal in np.flatnonzero(np.isin(resolved, columns)):
+            rows.append(row)
+            places.append(int(np.searchsorted(columns, resolved[ordinal])))
+            ordinals.append(int(ordinal))
+    return np.array(rows, dtype=int), np.array(places, dtype=int), np.array(ordinals, dtype=int)
+
+
+def _image_slots(chunk: Chunk) -> dict[tuple[int, int], int]:
+    """The projector's row for every image token of the batch, by (row, column)."""
+    tokens = chunk.tokens
+    slots = [(row, int(c)) for row in range(len(tokens)) for c in tokens.columns(row, Kind.IMAGE)]
+    order = range(len(slots)) if chunk.projector_rows is None else chunk.projector_rows
+    return {slot: int(i) for slot, i in zip(slots, order, strict=False)}
+
+
+def _vision_cells(
+    site: Site, act: torch.Tensor, chunk: Chunk, at: Positions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]:
+    """Cells of the projector's output: row, column, ordinal, and their states."""
+    flat = act.reshape(-1, act.shape[-1])
+    slots = _image_slots(chunk)
+    if site.name != "vision_projector.hook_out" or len(slots) != len(flat):
+        raise SiteUnavailable(
+            f"{site.name!r} has {len(flat)} rows and the batch {len(slots)} image tokens, so {at!r} "
+            "cannot be found in it; use a hook function, or edit blocks.0.hook_resid_pre"
+        )
+    rows, columns, ordinals = _cells(chunk, np.arange(chunk.tokens.width), at)
+    where = [slots.get((int(r), int(c)), -1) for r, c in zip(rows, columns, strict=True)]
+    if -1 in where:
+        raise SiteUnavailable(
+            f"{at!r} selects positions that show no image, and {site.name!r} has only image tokens; "
+            "select with il.image"
+        )
+    return rows, columns, ordinals, flat[where]
+
+
+def _scatter(
+    site: Site,
+    act: torch.Tensor,
+    chunk: Chunk,
+    rows: np.ndarray,
+    places: np.ndarray,
+    new: torch.Tensor,
+) -> torch.Tensor:
+    out = act.clone()
+    if not site.is_vision:
+        out[rows, places] = new
+        return out
+    slots = _image_slots(chunk)
+    where = [slots[int(r), int(c)] for r, c in zip(rows, places, strict=True)]
+    out.view(-1, act.shape[-1])[where] = new
+    return out
+
+
+def _check_width(given: States | None, act: torch.Tensor, site: Site, edit: Edit) -> None:
+    if given is not None and given.values.shape[2:] != act.shape[1:]:
+        raise DonorError(
+            f"{type(edit).__name__} brings states of shape {tuple(given.values.shape[2:])} to "
+            f"{site.name!r}, whose states have shape {tuple(act.shape[1:])}; "
+            "take them from the same site of the same model"
+        )

@@ -1,0 +1,257 @@
+"""The latent decode loop: inside Hugging Face's own `generate`, with its sampling and stopping.
+
+`generate(custom_generate=loop)` prepares inputs, positions, cache, logits processors and stopping
+criteria; this loop takes the place of the token-by-token part. Each row keeps its own span state,
+so rows of a batch open and close their spans when they like.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import nnsight
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from imaginelens.hooks.entries import Chunk
+from imaginelens.hooks.registry import HookRegistry
+from imaginelens.hooks.spec import LatentSpec, SpanTokens
+from imaginelens.hooks.tokens import Kind, TokenMap
+
+EndedBy = Literal["close", "cap", "criterion", "length"]
+
+
+@dataclass
+class SpanRecord:
+    """Why one latent span opened and why it ended.
+
+    Attributes:
+        column: of the first latent; -1 if the span closed before it fed any.
+        steps: how many latents were fed.
+    """
+
+    row: int
+    opened_by: Literal["sampled", "forced"]
+    column: int = -1
+    steps: int = 0
+    ended_by: EndedBy = "length"
+
+
+@dataclass
+class LatentLoop:
+    """One generation: its span state per row, and what it leaves behind.
+
+    Attributes:
+        tokens: the map of everything read so far, a column per step.
+        first_inputs: the vision inputs. They are kept from `generate`, which would run the vision
+            tower before this loop begins, where no hook sees it.
+        fed: row, column and state of every latent as it was fed, after all hooks.
+        spans: the record of every span, in the order of opening.
+    """
+
+    wrapped: nnsight.NNsight
+    registry: HookRegistry
+    tokens: TokenMap
+    chunk_base: Mapping[str, Any]
+    first_inputs: Mapping[str, torch.Tensor]
+    spec: LatentSpec | None
+    span_tokens: SpanTokens | None
+    seed: int | None = None
+    keep_logits: bool = False
+    fed: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
+    spans: list[SpanRecord] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    forwards: int = 0
+    seconds: float = 0.0
+    _z: torch.Tensor | None = None
+    _open: list[SpanRecord | None] = field(default_factory=list)
+    _positions: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """The positions the model was given, of everything it has read."""
+        return torch.cat(self._positions, dim=-1) if self._positions else None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Callable[..., torch.Tensor],
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Generate until every row has stopped; the signature is that of `generate`'s samplers."""
+        started = time.perf_counter()
+        n_rows = len(input_ids)
+        self._open = [None] * n_rows
+        unfinished = torch.ones(n_rows, dtype=torch.bool, device=input_ids.device)
+        fed = torch.zeros_like(unfinished)
+        sampler = _Sampler(generation_config, self.seed, input_ids.device)
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        while True:
+            outputs = self._forward(model, inputs, input_ids, fed)
+            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+            logits = outputs.logits[:, -1]
+            if self.keep_logits:
+                self.logits.append(logits.detach().to(copy=True))
+            scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+            sampled = torch.where(unfinished, sampler(scores), sampler.pad)
+            token, fed = self._advance(sampled, input_ids, unfinished)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
+            self._grow(token, fed, unfinished)
+            # A row inside a span cannot stop: what it emits there is not text.
+            unfinished = unfinished & (fed | ~stopping_criteria(input_ids, None))
+            if not unfinished.any() or input_ids.shape[1] >= generation_config.max_length:
+                break
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
+        self.seconds = time.perf_counter() - started
+        return input_ids
+
+    def _forward(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        input_ids: torch.Tensor,
+        fed: torch.Tensor,
+    ) -> Any:
+        """Run the model over the columns it has not read yet, latents laid over the embeddings."""
+        first = self.forwards == 0
+        width = input_ids.shape[1]
+        start = 0 if first else width - 1
+        chunk = Chunk(
+            self.tokens,
+            start,
+            width,
+            has_images=first and bool(self.chunk_base.get("has_images")),
+            projector_rows=self.chunk_base.get("projector_rows"),
+        )
+        self.forwards += 1
+        if inputs.get("position_ids") is not None:
+            self._positions.append(inputs["position_ids"])
+        states: list[torch.Tensor] = []
+        read = {"ln_final.hook_normalized": lambda act: states.append(act[:, -1].detach())}
+        if first:
+            inputs.pop("mm_encoder_outputs", None)
+            inputs.update(self.first_inputs)
+        outputs = self.registry.run(
+            self.wrapped,
+            model,
+            {**inputs, "return_dict": True},
+            chunk,
+            overlay=self._overlay(chunk, fed) if bool(fed.any()) else None,
+            read=read if self._may_feed(input_ids, fed) else None,
+        )
+        if states and self.spec is not None:
+            h = states[0]
+            self._z = h if self.spec.project is None else self.spec.project(h)
+        return outputs
+
+    def _may_feed(self, input_ids: torch.Tensor, fed: torch.Tensor) -> bool:
+        """Whether the hidden state of this forward can become the next input of some row."""
+        if self.spec is None or self.span_tokens is None:
+            return False
+        if self.spec.slot == "replace":  # the token sampled now may open a span
+            return True
+        return bool((fed | (input_ids[:, -1] == self.span_tokens.open)).any())
+
+    def _overlay(
+        self, chunk: Chunk, fed: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Show the states to `hook_latent`, note what is fed, and lay it over the embeddings."""
+        assert self._z is not None  # a row can only be fed after a forward that was read
+        column = chunk.stop - 1
+        z = self.registry.on_latents(self._z[:, None], chunk, np.array([column]))
+        for row in torch.nonzero(fed)[:, 0].tolist():
+            self.fed.append((row, column, z[row, 0].detach().clone()))
+        mask = fed[:, None, None]
+        return lambda embeds: torch.where(mask.to(embeds.device), z.to(embeds), embeds)
+
+    def _advance(
+        self, sampled: torch.Tensor, input_ids: torch.Tensor, unfinished: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move every row's span state by one step: the token to emit, and who is fed a latent."""
+        fed = torch.zeros_like(unfinished)
+        if self.spec is None or self.span_tokens is None:
+            return sampled, fed
+        token = sampled.clone()
+        ends = self._criterion()
+        for row in torch.nonzero(unfinished)[:, 0].tolist():
+            token[row], fed[row] = self._advance_row(
+                row, int(sampled[row]), int(input_ids[row, -1]), bool(ends[row])
+            )
+        return token, fed
+
+    def _criterion(self) -> np.ndarray:
+        if self.spec is None or self.spec.criterion is None or self._z is None:
+            return np.zeros(len(self._open), dtype=bool)
+        return np.asarray(self.spec.criterion(self._z).cpu(), dtype=bool)
+
+    def _advance_row(self, row: int, token: int, last: int, criterion: bool) -> tuple[int, bool]:
+        spec, ids = self.spec, self.span_tokens
+        assert spec is not None
+        assert ids is not None
+        step = self.tokens.width - self.tokens.prompt_width
+        forced = spec.trigger == "forced" and step == spec.forced_at
+        span = self._open[row]
+        opening = False
+        if span is None:
+            if forced:
+                token = ids.open
+            opened = token if spec.slot == "replace" else last
+            opening = opened == ids.open
+            if not opening:
+                return token, False
+            before = spec.trigger == "forced" and step - (spec.slot == "after") == spec.forced_at
+            span = self._open[row] = SpanRecord(row, "forced" if before else "sampled")
+            self.spans.append(span)
+        ended = self._ended(row, span, token, criterion and not opening)
+        if ended is not None and not (opening and spec.slot == "replace"):
+            span.ended_by = ended
+            self._open[row] = None
+            return (ids.close if spec.force_close else token), False
+        span.column = self.tokens.width if span.column < 0 else span.column
+        span.steps += 1
+        keeps_id = spec.emit == "sampled" or (opening and spec.slot == "replace")
+        return (token if keeps_id else ids.pad), True
+
+    def _ended(self, row: int, span: SpanRecord, token: int, criterion: bool) -> EndedBy | None:
+        assert self.spec is not None
+        assert self.span_tokens is not None
+        if not self.spec.multi_span and sum(s.row == row for s in self.spans) > 1:
+            return None  # Mirage's release never ends a second span
+        if span.steps >= self.spec.max_steps:
+            return "cap"
+        if criterion:
+            return "criterion"
+        if token == self.span_tokens.close and not self.spec.fixed:
+            return "close"
+        return None
+
+    def _grow(self, token: torch.Tensor, fed: torch.Tensor, unfinished: torch.Tensor) -> None:
+        n_rows = len(token)
+        kind = np.where(fed.cpu(), Kind.LATENT, np.where(unfinished.cpu(), Kind.TEXT, Kind.PAD))
+        span, step = np.full(n_rows, -1), np.full(n_rows, -1)
+        for row in np.flatnonzero(fed.cpu()):
+            of_row = [s for s in self.spans if s.row == row]
+            span[row] = len(of_row) - 1
+            step[row] = sum(s.steps for s in of_row) - 1
+        self.tokens = self.tokens.grown(token.cpu().numpy(), kind, span, step)
+
+
+class _Sampler:
+    """Greedy, or multinomial from a private generator, as `generation_config` says."""
+
+    def __init__(self, config: Any, seed: int | None, device: torch.device) -> None:
+        self.do_sample = bool(config.do_sample)
+        pad = config._pad_token_tensor
+        self.pad = torch.tensor(0, device=device) if pad is None else pad.to(device)
+        self.generator = torch.Generator(device).manual_seed(0 if seed is None else seed)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        probabilities = torch.softmax(scores, dim=-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]

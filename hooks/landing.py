@@ -1,0 +1,90 @@
+"""The proof of an edit: where it fired, what it touched and by how much it changed it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from imaginelens.hooks.errors import EditTouchedNothing
+
+Flag = Literal["not_emitted", "identical_donor"]
+
+
+@dataclass
+class Landing:
+    """What one edit did, over all runs made while it was active.
+
+    Attributes:
+        fired: in how many forwards it touched at least one cell.
+        cells: row, column, site and relative change of norm of every touched cell.
+        flags: rows it did not change, and why: the row had no such position (`not_emitted`), or the
+            new state equals the old one (`identical_donor`).
+    """
+
+    edit: str
+    at: str
+    sites: tuple[str, ...]
+    fired: int = 0
+    cells: list[tuple[int, int, str, float]] = field(default_factory=list)
+    flags: dict[int, Flag] = field(default_factory=dict)
+    _call: list[tuple[int, bool]] = field(default_factory=list, repr=False)
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows it touched."""
+        return sorted({row for row, *_ in self.cells})
+
+    @property
+    def positions(self) -> dict[int, list[int]]:
+        """The columns it touched, by row."""
+        return {
+            row: sorted({column for r, column, *_ in self.cells if r == row}) for row in self.rows
+        }
+
+    @property
+    def relative_change(self) -> float:
+        """Mean of ||new - old|| / ||old|| over the touched cells; nan before it fired."""
+        return float(np.mean([change for *_, change in self.cells])) if self.cells else float("nan")
+
+    def record(
+        self, site: str, rows: np.ndarray, columns: np.ndarray, old: torch.Tensor, new: torch.Tensor
+    ) -> None:
+        """Note that the cells at these rows and columns went from `old` to `new`."""
+        before, after = old.detach().flatten(1).double(), new.detach().flatten(1).double()
+        change = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-300)
+        # Any difference counts, also one too small for a norm to show, or a -0.0 for a 0.0.
+        differs = (old != new).flatten(1).any(1)
+        self.fired += 1
+        for row, column, c, d in zip(rows, columns, change.tolist(), differs.tolist(), strict=True):
+            self.cells.append((int(row), int(column), site, c))
+            self._call.append((int(row), bool(d)))
+
+    def begin(self) -> None:
+        """Start a new call: what it touches is judged at its end."""
+        self._call.clear()
+
+    def judge(self, n_rows: int, *, may_be_identical: bool, seen: str) -> None:
+        """Flag the rows that the call did not change; refuse a call that changed none.
+
+        Raises:
+            EditTouchedNothing: nothing was touched, or every touched row is as it was.
+        """
+        touched = {row for row, _ in self._call}
+        changed = {row for row, differs in self._call if differs}
+        for row in range(n_rows):
+            if row not in touched:
+                self.flags[row] = "not_emitted"
+            elif row not in changed and not may_be_identical:
+                self.flags[row] = "identical_donor"
+        where = f"{self.edit} at {self.at} of {', '.join(self.sites[:3])}"
+        if not touched:
+            raise EditTouchedNothing(
+                f"{where} touched no position in {n_rows} row{'s' * (n_rows != 1)}: {seen}; "
+                "look at run.trigger and run.tokens for the positions there are"
+            )
+        if not changed and not may_be_identical:
+            raise EditTouchedNothing(
+                f"{where} left all {len(touched)} touched rows bit for bit as they were; "
+                "give it another donor, or use il.Sham() if that is what you mean"
+            )

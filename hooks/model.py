@@ -1,0 +1,677 @@
+"""`LatentModel`: any Hugging Face image-text-to-text model, with named sites and live latents."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import nnsight
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from imaginelens.hooks import answers, engine
+from imaginelens.hooks import positions as select
+from imaginelens.hooks.answers import AnswerFinder
+from imaginelens.hooks.cache import ActivationCache
+from imaginelens.hooks.describe import Description, describe
+from imaginelens.hooks.edits import Edit
+from imaginelens.hooks.entries import CaptureEntry, Chunk, EditEntry, HookEntry
+from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.families import family_of
+from imaginelens.hooks.generate import LatentLoop
+from imaginelens.hooks.grid import lay_out
+from imaginelens.hooks.landing import Landing
+from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
+from imaginelens.hooks.names import NamesFilter
+from imaginelens.hooks.patching import Context, PatchResult, ablate, patch
+from imaginelens.hooks.positions import Positions
+from imaginelens.hooks.processors import load_processor
+from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
+from imaginelens.hooks.registry import HookRegistry
+from imaginelens.hooks.run import Run, assemble, finish, wanted_while_generating
+from imaginelens.hooks.script import Script, script_of
+from imaginelens.hooks.sites import find_sites
+from imaginelens.hooks.spec import Force, LatentSpec, Skip
+from imaginelens.hooks.structure import find_structure
+from imaginelens.hooks.tokens import TokenMap, map_prompt
+
+Hooks = Sequence[tuple[NamesFilter, Callable[..., torch.Tensor | None]]]
+DEFAULT_POSITIONS = (select.latent, select.answer)
+
+
+class LatentModel:
+    """A multimodal model whose named states can be read, patched, ablated and swapped.
+
+    Args:
+        model: an instantiated Hugging Face model; it is wrapped, never changed.
+        processor: its processor; without one only encoded inputs are taken.
+        spec: how the family writes latent tokens; None recognises it, `False` means no latents.
+        answer: finds the answer in what the model wrote: a function of `il.answers`, or a callable
+            from text to text.
+
+    Attributes:
+        registry: every site by name, and what is active on it.
+        structure: where the parts of the model are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any = None,
+        spec: LatentSpec | Literal[False] | None = None,
+        *,
+        answer: AnswerFinder | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.structure = find_structure(model)
+        found = family_of(model.config, self.tokenizer) if spec is None else spec
+        self.spec: LatentSpec | None = found or None
+        self.span_tokens = (
+            None if self.spec is None else self.spec.resolve(self.tokenizer, model.config)
+        )
+        self.find_answer: AnswerFinder = answer or answers.tail
+        self.registry = HookRegistry(find_sites(model, self.structure))
+        self.nnsight = nnsight.NNsight(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        spec: LatentSpec | Literal[False] | None = None,
+        answer: AnswerFinder | None = None,
+        dtype: torch.dtype | str = "auto",
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "LatentModel":
+        """Open a checkpoint from a local folder or the Hub.
+
+        Raises:
+            CheckpointError: the folder is not a checkpoint, or holds no multimodal model.
+        """
+        _check_folder(name)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{name!s} has no config that can be read: {error}") from error
+        auto = AutoModelForImageTextToText
+        if type(config) not in auto._model_mapping:
+            auto = AutoModelForMultimodalLM
+        if type(config) not in auto._model_mapping and not trust_remote_code:
+            raise CheckpointError(
+                f"{name!s} is a {config.model_type!r} model, which transformers does not list as "
+                "image-text-to-text; instantiate it yourself and pass it to il.LatentModel(model)"
+            )
+        model = auto.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            **options,
+        )
+        processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
+        return cls(model.eval(), processor, spec, answer=answer)
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        inputs: Any = None,
+        *,
+        images: Any = None,
+        text: str | None = None,
+        names_filter: NamesFilter | Literal[False] = False,
+        positions: Sequence[Positions] = DEFAULT_POSITIONS,
+        max_new_tokens: int | None = None,
+        latents: Skip | Force | None = None,
+        generation: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        keep_logits: bool = False,
+    ) -> Run:
+        """Generate, latents included, with everything that is registered active.
+
+        Args:
+            inputs: an example `{"images": ..., "text": ...}`, a list of examples (a batch), or a
+                processor's dict. Or give `images` and `text`.
+            names_filter: sites to capture at `positions` (default: latents and answer).
+            max_new_tokens: latents count as tokens; default: the checkpoint's own, or 256.
+            latents: `il.Skip()` or `il.Force(k)`.
+            generation: further options of `generate` (`do_sample`, `temperature`,
+                `logits_processor`, ...). The default is greedy.
+            seed: for sampling, a private stream.
+            keep_logits: keep the logits of every generated position in `run.logits`.
+
+        Raises:
+            EditTouchedNothing: an active edit reached no position, or changed nothing.
+            InputError: the input is not one this model can take.
+        """
+        prompt = self.prompt(inputs, images=images, text=text)
+        return self._generate(
+            prompt, names_filter, positions, max_new_tokens, latents, generation, seed, keep_logits
+        )
+
+    def rerun(
+        self,
+        run: Run,
+        *,
+        names_filter: NamesFilter | Literal[False] = False,
+        positions: Sequence[Positions] = DEFAULT_POSITIONS,
+    ) -> Run:
+        """Generate again from the prompt of a run, under the same options, as hooks are now."""
+        return self._generate(run.prompt, names_filter, positions, *run.options)
+
+    def prompt(self, inputs: Any = None, *, images: Any = None, text: str | None = None) -> Prompt:
+        """Encode what `run` would run, without running it."""
+        return make_prompt(
+            inputs,
+            images=images,
+            text=text,
+            model=self.model,
+            processor=self.processor,
+            image_token_id=self.structure.image_token_id,
+        )
+
+    def tokens(self, inputs: Any) -> TokenMap:
+        """Map the positions of a prompt without running the model."""
+        return self._map(inputs if isinstance(inputs, Prompt) else self.prompt(inputs))
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        names_filter: NamesFilter | Literal[False],
+        positions: Sequence[Positions],
+        max_new_tokens: int | None,
+        latents: Skip | Force | None,
+        generation: Mapping[str, Any] | None,
+        seed: int,
+        keep_logits: bool,
+    ) -> Run:
+        spec = latents.applied_to(self.spec) if isinstance(latents, Force) else self.spec
+        options = dict(generation or {})
+        if isinstance(latents, Skip):
+            options["logits_processor"] = self._without_open(options.get("logits_processor"))
+        capture = self._capture(names_filter, wanted_while_generating(positions))
+        loop = LatentLoop(
+            self.nnsight,
+            self.registry,
+            replace(self._map(prompt), final=False),
+            self._chunk_base(prompt),
+            prompt.vision_inputs,
+            spec,
+            self.span_tokens,
+            seed,
+            keep_logits,
+        )
+        config = self._generation_config(max_new_tokens, options)
+        self.registry.begin()
+        scope = self.registry.scope([] if capture is None else [capture])
+        with torch.no_grad(), engine.untouched(self.model), scope:
+            inputs = {k: v for k, v in prompt.inputs.items() if k not in PIXELS}
+            sequences = self.model.generate(
+                **inputs, **options, generation_config=config, custom_generate=loop.__call__
+            )
+        run = finish(
+            loop, sequences, prompt, self.find_answer, capture, positions, self.registry.table
+        )
+        how = (max_new_tokens, latents, generation, seed, keep_logits)
+        run = replace(run, options=how)
+        self.registry.judge(len(run), str(run.trigger))
+        return run
+
+    def _generation_config(
+        self, max_new_tokens: int | None, options: dict[str, Any]
+    ) -> GenerationConfig:
+        """The checkpoint's config, greedy unless asked otherwise; its own knobs leave `options`."""
+        config = copy.deepcopy(self.model.generation_config)
+        if not options.get("do_sample", False):  # knobs of sampling would only warn
+            for knob in ("temperature", "top_p", "top_k", "typical_p", "min_p"):
+                setattr(config, knob, None)
+        config.do_sample = False
+        for name in [n for n in options if hasattr(config, n)]:
+            setattr(config, name, options.pop(name))
+        if max_new_tokens is not None or config.max_new_tokens is None:
+            config.max_new_tokens = max_new_tokens or 256
+        config.max_length = None
+        config.use_cache = True
+        config.num_beams = 1
+        config.return_dict_in_generate = False
+        return config
+
+    def _without_open(self, others: Any) -> LogitsProcessorList:
+        processors = LogitsProcessorList(others or [])
+        if self.span_tokens is not None:
+            never = SuppressTokensLogitsProcessor(
+                [self.span_tokens.open], device=str(self.model.device)
+            )
+            processors.append(never)
+        return processors
+
+    # ---- TransformerLens' verbs ------------------------------------------------------------
+
+    def run_with_hooks(
+        self,
+        inputs: Any,
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+    ) -> torch.Tensor:
+        """One forward with hook functions `fn(act, hook=...)`; returns the logits.
+
+        A prompt is read alone, as in TransformerLens. A `Run` is read over its whole sequence, its
+        latents included. A hook that returns None only reads.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=reset_hooks_end):
+            return self._read(inputs).logits
+
+    def run_with_cache(
+        self,
+        inputs: Any,
+        *,
+        names_filter: NamesFilter = None,
+        positions: Sequence[Positions] | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[torch.Tensor, ActivationCache]:
+        """One forward that keeps activations; returns the logits and the cache.
+
+        Args:
+            inputs: a prompt (read alone) or a `Run` (its whole sequence, latents included).
+            names_filter: which sites; None is all of them.
+            positions: keep only these, cut before storing; None keeps whole activations.
+        """
+        wanted = None if positions is None else wanted_while_generating(positions)
+        capture = self._capture(names_filter, wanted, device)
+        assert capture is not None
+        with self.registry.scope([capture]):
+            tokens, logits = self._read_mapped(inputs)
+        return logits, assemble(capture, tokens, positions, self.registry.table)
+
+    @contextmanager
+    def hooks(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), *, reset_hooks_end: bool = True
+    ) -> Iterator["LatentModel"]:
+        """Activate hook functions for a block; they are gone afterwards, also after an error."""
+        entries = [HookEntry(tuple(self.registry.match(n)), fn) for n, fn in fwd_hooks]
+        entries += [HookEntry(tuple(self.registry.match(n)), fn, "bwd") for n, fn in bwd_hooks]
+        if not reset_hooks_end:
+            self.registry.entries += entries
+            yield self
+            return
+        with self.registry.scope(entries):
+            yield self
+
+    def add_hook(
+        self,
+        name: NamesFilter,
+        hook: Callable[..., torch.Tensor | None],
+        dir: Literal["fwd", "bwd"] = "fwd",
+        *,
+        is_permanent: bool = False,
+    ) -> None:
+        """Activate a hook function until `reset_hooks`; permanent ones stay even then."""
+        self.registry.add(name, hook, direction=dir, permanent=is_permanent)
+
+    def reset_hooks(self, *, including_permanent: bool = False) -> None:
+        """Deactivate everything that is registered, permanent hooks only if asked to."""
+        self.registry.clear(including_permanent=including_permanent)
+
+    # ---- edits ------------------------------------------------------------------------------
+
+    @contextmanager
+    def edit(
+        self, edit: Edit, *, at: Positions, site: NamesFilter = "hook_latent"
+    ) -> Iterator[Landing]:
+        """Make an edit active for a block; yields its landing, the proof of what it did.
+
+        Raises:
+            EditTouchedNothing: a run inside the block did not reach any position, or changed none.
+        """
+        sites = tuple(self.registry.match(site))
+        entry = EditEntry(sites, edit, at, Landing(type(edit).__name__, repr(at), sites))
+        with self.registry.scope([entry]):
+            yield entry.landing
+
+    def patch(
+        self,
+        *,
+        base: Any,
+        source: Any,
+        site: NamesFilter = "hook_latent",
+        at: Positions = select.latent,
+        metric: Metric = logit_diff,
+        context: Context = "free",
+        base_answers: str | Sequence[str] | None = None,
+        source_answers: str | Sequence[str] | None = None,
+    ) -> PatchResult:
+        """Run the base with the source's states at a site: how far does the answer move?
+
+        Answers default to what the unedited runs answered. `free`: later latents and text are
+        generated anew; `fixed`: they stay, and one forward reads the answer.
+        """
+        return patch(
+            self,
+            base=base,
+            source=source,
+            site=site,
+            at=at,
+            metric=metric,
+            context=context,
+            base_answers=base_answers,
+            source_answers=source_answers,
+        )
+
+    def swap(
+        self,
+        base: Any,
+        source: Any,
+        *,
+        at: Positions = select.latent,
+        metric: Metric = logit_diff,
+        context: Context = "free",
+        base_answers: str | Sequence[str] | None = None,
+        source_answers: str | Sequence[str] | None = None,
+    ) -> PatchResult:
+        """Give the base the source's latents, as they were fed back: `patch` at `hook_latent`."""
+        return self.patch(
+            base=base,
+            source=source,
+            site="hook_latent",
+            at=at,
+            metric=metric,
+            context=context,
+            base_answers=base_answers,
+            source_answers=source_answers,
+        )
+
+    def ablate(
+        self,
+        inputs: Any,
+        edit: Edit,
+        *,
+        at: Positions = select.latent,
+        site: NamesFilter = "hook_latent",
+        metric: Metric = log_prob,
+        context: Context = "free",
+        answers: str | Sequence[str] | None = None,
+    ) -> PatchResult:
+        """Run inputs with their states replaced by an edit: does the answer need them?
+
+        The answer measured is the unedited run's, unless `answers` are given.
+        """
+        return ablate(
+            self,
+            inputs,
+            edit,
+            at=at,
+            site=site,
+            metric=metric,
+            context=context,
+            answers=answers,
+        )
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def read_answer(
+        self,
+        run: Run,
+        targets: Targets,
+        *,
+        unedited: Readout | None = None,
+        free: bool = False,
+    ) -> Readout:
+        """Read a run's answer in one teacher-forced forward, as hooks are now.
+
+        Args:
+            free: the answers reported are those the run wrote; otherwise what the deciding
+                position's logits say.
+        """
+        script = self.script(run, endings=targets.base_ids)
+        with torch.no_grad():
+            columns = sorted({c + k for c in script.read_at for k in range(_width(targets))} - {-1})
+            columns = [c for c in columns if 0 <= c < script.tokens.width]
+            logits = self._read_script(script, columns or [0])
+        return _readout(run, targets, script, logits, columns or [0], unedited, free, self)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it."""
+        if self.tokenizer is None:
+            raise InputError("answers need a tokenizer; pass processor=... to il.LatentModel")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _read(self, inputs: Any) -> Any:
+        return _Logits(self._read_mapped(inputs)[1])
+
+    def _read_mapped(self, inputs: Any) -> tuple[TokenMap, torch.Tensor]:
+        """Read a prompt, or a run's whole sequence, once; edits that are active are judged."""
+        self.registry.begin()
+        if isinstance(inputs, Run):
+            script = self.script(inputs)
+            logits = self._read_script(script, None)
+            self.registry.judge(len(inputs), str(inputs.trigger))
+            return script.tokens, logits
+        prompt = inputs if isinstance(inputs, Prompt) else self.prompt(inputs)
+        tokens = self._map(prompt)
+        chunk = Chunk(tokens, 0, tokens.width, **self._chunk_base(prompt))
+        with engine.untouched(self.model):
+            inputs = {**prompt.inputs, **self._positions(prompt), "use_cache": False}
+            outputs = self.registry.run(self.nnsight, self.model, inputs, chunk)
+        self.registry.judge(len(prompt), "a prompt alone holds no latents and no answer")
+        return tokens, outputs.logits
+
+    def script(self, run: Run, endings: Sequence[Sequence[int]] | None = None) -> Script:
+        """A run as one teacher-forced sequence; `endings` replace each row's answer by tokens."""
+        filler = self.span_tokens.pad if self.span_tokens is not None else 0
+        return script_of(
+            run,
+            embedding=self.model.get_input_embeddings(),
+            filler=filler,
+            image_token_id=self.structure.image_token_id,
+            prefix_lm=self.structure.prefix_lm,
+            endings=endings,
+        )
+
+    def read_with(self, script: Script, worker: engine.Worker) -> torch.Tensor:
+        """Read a script once with a bare worker inside the trace; returns all logits."""
+        return self._read_script(script, None, [worker])
+
+    def _read_script(
+        self,
+        script: Script,
+        columns: Sequence[int] | None,
+        workers: Sequence[engine.Worker] = (),
+    ) -> torch.Tensor:
+        """Logits of a script at some columns (None: all), as hooks are now."""
+        tokens = script.tokens
+        has_images = any(k.startswith("pixel") for k in script.inputs)
+        chunk = Chunk(
+            tokens, 0, tokens.width, has_images, self._projector_rows(script.inputs)
+        )
+        embeds = self.registry.on_latents(script.embeds, chunk, np.arange(tokens.width))
+        mask = script.laid[..., None]
+        inputs = dict(script.inputs)
+        if columns is not None and "unembed.hook_out" not in self.registry.active:
+            inputs["logits_to_keep"] = torch.tensor(columns, device=mask.device)
+        overlay = None
+        if bool(script.laid.any()):
+            overlay = lambda own: torch.where(mask, embeds.to(own), own)  # noqa: E731
+        with engine.untouched(self.model):
+            outputs = self.registry.run(
+                self.nnsight, self.model, inputs, chunk, overlay=overlay, workers=workers
+            )
+        if columns is not None and outputs.logits.shape[1] != len(columns):
+            return outputs.logits[:, list(columns)]
+        return outputs.logits
+
+    # ---- what there is ----------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """What this model is to the library: family, sites, grid rule, and what is missing."""
+        return describe(self.model, self.structure, self.registry.table, self.spec)
+
+    def estimate_bytes(
+        self, names_filter: NamesFilter, *, n_examples: int, n_positions: int
+    ) -> int:
+        """How large a cache would be, before it is made."""
+        sizes = {
+            "d_model": self.structure.d_model,
+            "vocab": self.structure.d_vocab,
+            "head": self.structure.n_heads,
+            "key": n_positions,
+            "d_mlp": self.model.config.get_text_config().intermediate_size,
+            "d_head": self.structure.d_model // self.structure.n_heads,
+        }
+        total = 0
+        for name in self.registry.match(names_filter):
+            axes = self.registry[name].kind.axes
+            cells = [sizes.get(axis, 1) for axis in axes if axis not in ("example", "position")]
+            total += n_examples * n_positions * int(np.prod(cells))
+        return total * next(self.model.parameters()).element_size()
+
+    def _capture(
+        self,
+        names_filter: NamesFilter | Literal[False],
+        wanted: Callable[[TokenMap, int], np.ndarray] | None,
+        device: torch.device | str | None = None,
+    ) -> CaptureEntry | None:
+        if names_filter is False:
+            return None
+        return CaptureEntry(tuple(self.registry.match(names_filter)), wanted, device)
+
+    def _map(self, prompt: Prompt) -> TokenMap:
+        ids = prompt.inputs["input_ids"].cpu().numpy()
+        layouts = lay_out(
+            ids,
+            self.model,
+            self.processor,
+            prompt.inputs,
+            self.structure.image_token_id,
+            prompt.pictures,
+        )
+        return map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer)
+
+    def _positions(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """Explicit positions, so that padding is not counted. Models with multi-axis positions count
+        from their token types instead."""
+        accepts = "position_ids" in inspect.signature(self.model.forward).parameters
+        if not accepts or hasattr(self.model.base_model, "get_rope_index"):
+            return {}
+        positions = (prompt.mask.long().cumsum(-1) - 1).clamp_min(0)
+        return {"position_ids": positions + int(self.structure.prefix_lm)}
+
+    def _chunk_base(self, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "has_images": prompt.has_images,
+            "projector_rows": self._projector_rows(prompt.inputs),
+        }
+
+    def _projector_rows(self, inputs: Mapping[str, Any]) -> np.ndarray | None:
+        """Where the projector puts each image token, for towers that work in window order."""
+        grid = inputs.get("image_grid_thw")
+        if not self.structure.windowed or grid is None:
+            return None
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.model.get_submodule(self.structure.vision or "")
+        index, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return np.asarray(torch.argsort(index).cpu())
+
+    def __repr__(self) -> str:
+        family = "no latents" if self.spec is None else f"latents as {self.spec.name}"
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {len(self.structure.blocks)} layers, "
+            f"d_model {self.structure.d_model}, {family}, {len(self.registry)} sites)"
+        )
+
+
+class _Logits:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def _width(targets: Targets) -> int:
+    return max((len(ids) for ids in targets.base_ids), default=1) or 1
+
+
+def _readout(
+    run: Run,
+    targets: Targets,
+    script: Script,
+    logits: torch.Tensor,
+    columns: Sequence[int],
+    unedited: Readout | None,
+    free: bool,
+    lens: LatentModel,
+) -> Readout:
+    place = {column: i for i, column in enumerate(columns)}
+    deciding, log_probs, found = [], [], []
+    for row, start in enumerate(script.read_at):
+        ids, at = targets.base_ids[row], targets.differ_at[row]
+        if start < 0 or not ids:
+            deciding.append(torch.full_like(logits[row, 0], float("nan")))
+            log_probs.append(logits.new_tensor(float("nan")))
+            found.append(None)
+            continue
+        deciding.append(logits[row, place[start + at]])
+        steps = torch.stack([logits[row, place[start + k]] for k in range(len(ids))])
+        chosen = steps.log_softmax(-1)[torch.arange(len(ids)), list(ids)]
+        log_probs.append(chosen.sum())
+        found.append(_said(targets, row, int(deciding[-1].argmax()), lens))
+    answers_found = tuple(run.answers) if free else tuple(found)
+    return Readout(
+        torch.stack(deciding).cpu(), torch.stack(log_probs).cpu(), answers_found, targets, unedited
+    )
+
+
+def _said(targets: Targets, row: int, token: int, lens: LatentModel) -> str | None:
+    """The answer that a deciding token stands for."""
+    if token == targets.base_token[row]:
+        return targets.base_answers[row]
+    if token == targets.source_token[row]:
+        return targets.source_answers[row]
+    return str(lens.tokenizer.decode([token])).strip()
+
+
+def _check_folder(name: str | Path) -> None:
+    path = Path(name)
+    if path.is_file():
+        raise CheckpointError(f"{name!s} is a file, expected a checkpoint folder or a Hub id")
+    if not path.is_dir():
+        if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+            raise CheckpointError(
+                f"{name!s} is neither a folder nor a Hub id of the form 'owner/name'; "
+                "check the path, or ask il.organisms() for the shipped ones"
+            )
+        return
+    held = sorted(p.name for p in path.iterdir())
+    if "config.json" not in held:
+        shown = ", ".join(held[:5]) or "nothing"
+        raise CheckpointError(
+            f"{name!s} is not a checkpoint: it holds {shown} and no config.json; "
+            "pass the folder that save_pretrained wrote"
+        )
+    if not any(n.endswith((".safetensors", ".safetensors.index.json")) for n in held):
+        raise CheckpointError(
+            f"{name!s} has a config.json and no .safetensors weights; save them with "
+            "model.save_pretrained(folder)"
+        )

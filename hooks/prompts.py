@@ -1,0 +1,208 @@
+"""From what users hold in hand (pictures and a question, or a processor's dict) to one batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedModel
+
+from imaginelens.hooks.errors import InputError
+
+PIXELS = ("pixel_values", "pixel_values_videos", "image_patches")
+# Fields with one row per example; the others (pixels, grids) are packed over the batch.
+ROW_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One batch, ready for the model.
+
+    Attributes:
+        inputs: the full dict of the processor, left-padded.
+        pictures: the original pictures of every example, where they are known.
+        single: whether the user gave one example rather than a list.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    pictures: tuple[tuple[Image.Image, ...], ...] | None = None
+    single: bool = False
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the vision side will run."""
+        return any(self.inputs.get(name) is not None for name in PIXELS)
+
+    @property
+    def vision_inputs(self) -> dict[str, torch.Tensor]:
+        """Everything that only the vision side reads."""
+        return {k: v for k, v in self.inputs.items() if k not in ROW_FIELDS}
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(example, position), 1 at real tokens."""
+        ids = self.inputs["input_ids"]
+        return self.inputs.get("attention_mask", torch.ones_like(ids))
+
+
+def make_prompt(
+    inputs: Any,
+    *,
+    images: Any = None,
+    text: str | Sequence[str] | None = None,
+    model: PreTrainedModel,
+    processor: Any,
+    image_token_id: int | None,
+) -> Prompt:
+    """Turn what a user gave into one left-padded batch on the model's device.
+
+    Args:
+        inputs: an example `{"images": ..., "text": ...}`, a list of examples, or a processor's dict.
+        images, text: the parts of one example, instead of `inputs`.
+
+    Raises:
+        InputError: nothing was given, an image is broken, or the model cannot take the input.
+    """
+    if inputs is None:
+        if text is None:
+            raise InputError("nothing to run: pass an example, or images=... and text=...")
+        inputs = {"images": images, "text": text}
+    elif images is not None or text is not None:
+        raise InputError("pass either an example or images=... and text=..., not both")
+    if _is_encoded(inputs):
+        prompt = Prompt(dict(inputs), None, single=len(inputs["input_ids"]) == 1)
+    else:
+        examples = [inputs] if isinstance(inputs, Mapping) else _as_list(inputs)
+        if examples and all(_is_encoded(e) for e in examples):
+            raise InputError(
+                f"a list of {len(examples)} encoded inputs cannot be padded safely here; call the "
+                "processor once with all texts and images, or pass the raw examples as a list"
+            )
+        prompt = _encode(examples, processor, image_token_id, single=isinstance(inputs, Mapping))
+    return _checked(prompt, model, image_token_id)
+
+
+def _as_list(inputs: Any) -> list[Any]:
+    if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence):
+        raise InputError(
+            f"cannot run a {type(inputs).__name__}; pass {{'images': ..., 'text': ...}}, a list of "
+            "such examples, or the dict a processor returns"
+        )
+    if not inputs:
+        raise InputError("cannot run an empty list; pass at least one example")
+    return list(inputs)
+
+
+def _is_encoded(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping | BatchFeature) and "input_ids" in inputs
+
+
+def _encode(examples: list[Any], processor: Any, image_token_id: int | None, *, single: bool) -> Prompt:
+    if processor is None:
+        raise InputError(
+            "this model was wrapped without a processor, so it takes only encoded inputs "
+            "(input_ids, pixel_values, ...); pass processor=... to il.LatentModel"
+        )
+    texts, pictures = [], []
+    for i, example in enumerate(examples):
+        if not isinstance(example, Mapping) or not isinstance(example.get("text"), str):
+            raise InputError(
+                f"example {i} is {_shown(example)}, expected {{'images': ..., 'text': str}}"
+            )
+        found = _pictures(example.get("images"), i)
+        pictures.append(found)
+        texts.append(_templated(example["text"], len(found), processor, image_token_id))
+    kwargs: dict[str, Any] = {"text": texts, "return_tensors": "pt"}
+    if any(pictures):
+        kwargs["images"] = [list(p) for p in pictures]
+    if len(texts) > 1:
+        kwargs |= {"padding": True, "padding_side": "left"}
+    return Prompt(dict(processor(**kwargs)), tuple(pictures), single)
+
+
+def _pictures(images: Any, number: int) -> tuple[Image.Image, ...]:
+    if images is None:
+        return ()
+    found = images if isinstance(images, list | tuple) else [images]
+    return tuple(_picture(image, number) for image in found)
+
+
+def _picture(image: Any, number: int) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"an image of example {number} is a {type(image).__name__}, expected a PIL image; "
+            "open files with PIL.Image.open(path)"
+        )
+    try:
+        loaded = image.convert("RGB")  # reads the file, so that a torn one fails here
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(
+            f"an image of example {number} cannot be decoded ({error}); "
+            "check that the file is complete"
+        ) from error
+    if min(loaded.size) < 1:
+        raise InputError(f"an image of example {number} is empty: {loaded.size}")
+    return loaded
+
+
+def _templated(text: str, n_images: int, processor: Any, image_token_id: int | None) -> str:
+    """The text as the model expects it: through the chat template, unless it is already there."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    if marker is None and image_token_id is not None:
+        marker = tokenizer.convert_ids_to_tokens(image_token_id)
+    if marker is not None and marker in text:
+        return text
+    if getattr(processor, "chat_template", None) is None:
+        if n_images:
+            raise InputError(
+                f"the text has no {marker!r} to show where the image goes, and the processor has no "
+                f"chat template to put it there; write {marker!r} into the text"
+            )
+        return text
+    content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None) -> Prompt:
+    inputs = {k: v for k, v in prompt.inputs.items() if v is not None}
+    ids = inputs["input_ids"]
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise InputError("input_ids must be a tensor (example, position); use return_tensors='pt'")
+    name = type(model).__name__
+    if image_token_id is None and prompt.has_images:
+        raise InputError(f"{name} is a text-only model and got images; leave them out")
+    mask = inputs.get("attention_mask")
+    if mask is not None and len(ids) > 1 and bool((mask[:, -1] == 0).any()):
+        raise InputError(
+            "the batch is padded on the right, where generation continues; "
+            "call the processor with padding_side='left'"
+        )
+    needs_types = hasattr(model.base_model, "get_rope_index")
+    if needs_types and prompt.has_images and "mm_token_type_ids" not in inputs:
+        raise InputError(
+            f"{name} needs mm_token_type_ids beside its images, or its positions are silently "
+            "one-dimensional; pass the processor's full output"
+        )
+    if image_token_id is not None and not prompt.has_images:
+        n = int((ids == image_token_id).sum())
+        if n:
+            raise InputError(
+                f"the prompt has {n} image tokens and no pixel_values; pass the processor's full output"
+            )
+    dtype = next(model.parameters()).dtype
+    moved = {
+        k: v.to(model.device, dtype if v.is_floating_point() else None)
+        for k, v in inputs.items()
+        if isinstance(v, torch.Tensor) and k != "labels"  # PaliGemma's processor adds some
+    }
+    return Prompt(moved, prompt.pictures, prompt.single)
+
+
+def _shown(value: Any) -> str:
+    return f"a mapping with keys {sorted(value)}" if isinstance(value, Mapping) else repr(value)[:60]

@@ -1,0 +1,241 @@
+"""The registry: which hooks, edits and captures are active at which sites.
+
+Everything that reaches into a running model is an entry here. Before each forward the engine asks
+the registry for one worker per active site; entries of a site act in the order of registration.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import nnsight
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from imaginelens.hooks import engine
+from imaginelens.hooks.attention import patterns
+from imaginelens.hooks.edits import Edit
+from imaginelens.hooks.entries import Chunk, EditEntry, Entry, HookEntry, HookFn
+from imaginelens.hooks.errors import SiteUnavailable
+from imaginelens.hooks.landing import Landing
+from imaginelens.hooks.names import NamesFilter, match
+from imaginelens.hooks.positions import Positions
+from imaginelens.hooks.sites import Site, SiteTable
+
+
+@dataclass(eq=False)
+class HookRegistry(Mapping[str, Site]):
+    """Every site of a model by name, and what is active on it.
+
+    `registry.match("*.hook_resid_post")` lists names, `registry.add(filter, fn_or_edit)` activates,
+    `registry.clear()` removes everything that is not permanent.
+    """
+
+    table: SiteTable
+    entries: list[Entry] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Site:
+        return self.table[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def match(self, names_filter: NamesFilter) -> list[str]:
+        """List the names of the sites that a filter selects.
+
+        Raises:
+            HookNameError: nothing matches.
+            SiteUnavailable: the filter names a site that this model cannot offer, and why.
+        """
+        wanted = [names_filter] if isinstance(names_filter, str) else names_filter
+        if not callable(wanted) and wanted is not None:
+            for name in wanted:
+                if name in self.table.unavailable:
+                    self.table[name]  # raises with the reason
+        if isinstance(names_filter, str) and "*" in names_filter and names_filter not in self.table:
+            missing = [n for n in self.table.unavailable if n == names_filter]
+            if missing:
+                raise SiteUnavailable(self.table.unavailable[missing[0]])
+        return match(self.table, names_filter)
+
+    def add(
+        self,
+        names_filter: NamesFilter,
+        action: HookFn | Edit,
+        *,
+        at: Positions | None = None,
+        direction: Literal["fwd", "bwd"] = "fwd",
+        permanent: bool = False,
+    ) -> HookEntry | EditEntry:
+        """Activate a hook function or an edit at the sites that a filter selects.
+
+        Edits need `at`, the positions they touch; hook functions see the whole activation.
+        """
+        sites = tuple(self.match(names_filter))
+        entry: HookEntry | EditEntry
+        if isinstance(action, Edit):
+            if at is None:
+                raise TypeError(
+                    f"{type(action).__name__} needs to know where: pass at=il.latent, "
+                    "at=il.latent[2], at=il.image or another selector"
+                )
+            landing = Landing(type(action).__name__, repr(at), sites)
+            entry = EditEntry(sites, action, at, landing)
+        else:
+            entry = HookEntry(sites, action, direction, permanent)
+        self.entries.append(entry)
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        """Deactivate one entry."""
+        self.entries = [e for e in self.entries if e is not entry]
+
+    def clear(self, *, including_permanent: bool = False) -> None:
+        """Deactivate everything, permanent hooks only if asked to."""
+        self.entries = [
+            e for e in self.entries if getattr(e, "permanent", False) and not including_permanent
+        ]
+
+    @property
+    def active(self) -> dict[str, list[Entry]]:
+        """What is active, by site, in the order in which it acts."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            for site in entry.sites:
+                found.setdefault(site, []).append(entry)
+        return found
+
+    @contextmanager
+    def scope(self, extra: Sequence[Entry] = ()) -> Iterator[None]:
+        """Activate entries for the duration of a block; afterwards everything is as it was."""
+        before = list(self.entries)
+        self.entries = before + list(extra)
+        try:
+            yield
+        finally:
+            self.entries = before
+
+    def begin(self) -> None:
+        """Start a call: landings are judged call by call."""
+        for entry in self.edits():
+            entry.begin()
+
+    def edits(self) -> list[EditEntry]:
+        """The active edits."""
+        return [e for e in self.entries if isinstance(e, EditEntry)]
+
+    def judge(self, n_rows: int, seen: str) -> None:
+        """End a call: refuse it if an active edit did nothing."""
+        for entry in self.edits():
+            entry.judge(n_rows, seen)
+
+    def on_latents(self, z: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        """Show the states about to be fed back, (example, position, d_model), to `hook_latent`."""
+        return self._compose("hook_latent", chunk, columns)(z) if self._acts("hook_latent") else z
+
+    def run(
+        self,
+        wrapped: nnsight.NNsight,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        chunk: Chunk,
+        *,
+        overlay: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        read: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        workers: Sequence[engine.Worker] = (),
+    ) -> Any:
+        """Run one forward with everything that is active.
+
+        Args:
+            overlay: writes the latents over the token embeddings, after `hook_embed` has acted.
+            read: functions shown the value of a site after all hooks (the loop's own reads).
+            workers: bare workers for the same trace.
+        """
+        values = {name: self._compose(name, chunk, None) for name in self.active}
+        values.pop("hook_latent", None)
+        if not chunk.has_images:
+            values = {n: fn for n, fn in values.items() if not self.table[n].is_vision}
+        if overlay is not None:
+            values["hook_embed"] = _then(values.get("hook_embed"), overlay)
+        for name, fn in (read or {}).items():
+            values[name] = _then(values.get(name), _reading(fn))
+        pattern_hooks = {
+            self.table[n].path: fn for n, fn in values.items() if self.table[n].kind.slot == "pattern"
+        }
+        at_sites = [
+            self._worker(wrapped, self.table[n], fn)
+            for n, fn in values.items()
+            if self.table[n].kind.slot != "pattern"
+        ]
+        # A worker on the residual between sublayers also writes the block's output: it goes first.
+        at_sites.sort(key=lambda pair: pair[0])
+        with patterns(model, pattern_hooks):
+            return engine.forward(wrapped, [*workers, *(w for _, w in at_sites)], inputs)
+
+    def _acts(self, site: str) -> bool:
+        return any(site in entry.sites for entry in self.entries)
+
+    def _worker(
+        self, wrapped: nnsight.NNsight, site: Site, fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[int, engine.Worker]:
+        if site.kind.slot == "mid":
+            if site.block is None:
+                raise SiteUnavailable(f"{site.name!r} belongs to no block")
+            return 0, engine.visit_residual(wrapped, site.block, site.path, fn)
+        return 1, engine.visit(wrapped, site.path, site.kind.slot, fn)
+
+    def _compose(
+        self, name: str, chunk: Chunk, columns: np.ndarray | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        site = self.table[name]
+        entries = [entry for entry in self.entries if name in entry.sites]
+
+        def act_on(value: torch.Tensor) -> torch.Tensor:
+            act = _shaped(site, value)
+            shown = act
+            if columns is not None:
+                where = columns
+            elif site.is_vision:
+                where = np.zeros(0, dtype=int)
+            else:  # the head may be asked for the last logits only
+                where = np.arange(chunk.stop - act.shape[1], chunk.stop)
+            for entry in entries:
+                act = entry.on(site, act, chunk, where)
+            return value if act is shown else _unshaped(site, act, value)
+
+        return act_on
+
+
+def _then(
+    first: Callable[[torch.Tensor], torch.Tensor] | None,
+    second: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return second if first is None else lambda act: second(first(act))
+
+
+def _reading(fn: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def read(act: torch.Tensor) -> torch.Tensor:
+        fn(act)
+        return act
+
+    return read
+
+
+def _shaped(site: Site, value: torch.Tensor) -> torch.Tensor:
+    """The value with the axes that the site's row of the table names."""
+    if site.heads is not None:
+        return value.unflatten(-1, (site.heads, -1))
+    if site.kind.slot == "pattern":
+        return value.transpose(1, 2)  # (example, head, query, key) -> (example, query, head, key)
+    return value
+
+
+def _unshaped(site: Site, act: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if site.kind.slot == "pattern":
+        return act.transpose(1, 2)
+    return act.reshape(like.shape)

@@ -1,0 +1,280 @@
+"""What one run leaves behind: text, answer, latents, the map of its tokens, and why it stopped."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from imaginelens.hooks.answers import AnswerFinder
+from imaginelens.hooks.cache import ActivationCache
+from imaginelens.hooks.entries import CaptureEntry
+from imaginelens.hooks.errors import DonorError
+from imaginelens.hooks.generate import LatentLoop, SpanRecord
+from imaginelens.hooks.positions import AnswerPositions, Positions
+from imaginelens.hooks.prompts import Prompt
+from imaginelens.hooks.sites import SiteTable
+from imaginelens.hooks.states import States, pad
+from imaginelens.hooks.tokens import Kind, TokenMap
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Why latent spans opened and ended in a run.
+
+    Attributes:
+        spans: one record per span: row, who opened it, how many steps, what ended it.
+        emitted: for each example, how many latents it fed back.
+    """
+
+    spans: tuple[SpanRecord, ...]
+    emitted: tuple[int, ...]
+
+    @property
+    def rate(self) -> float:
+        """Share of examples that fed back at least one latent."""
+        return float(np.mean([n > 0 for n in self.emitted]))
+
+    def __str__(self) -> str:
+        ends: dict[str, int] = {}
+        for span in self.spans:
+            key = f"opened by {span.opened_by}, ended by {span.ended_by}"
+            ends[key] = ends.get(key, 0) + 1
+        steps = ", ".join(f"{n} x {what}" for what, n in sorted(ends.items())) or "no span opened"
+        emitted = sum(n > 0 for n in self.emitted)
+        return f"{emitted} of {len(self.emitted)} examples fed latents back; {steps}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation of a batch.
+
+    Attributes:
+        prompt: what went in.
+        sequences: token ids, prompt included, (example, position); pads stand for latents.
+        tokens: what every position is; answers are marked.
+        latents: the states as they were fed back, zero where an example fed fewer.
+        latent_mask: which (example, step) are real. Steps count over all spans.
+        latent_span: the span of every step, -1 where there is none.
+        trigger: why spans opened and ended.
+        cache: captured activations, if `names_filter` was given.
+        logits: of every generated position, if `keep_logits` was given.
+        found_answers: the answer of each example; read `answer` or `answers` instead.
+        position_ids: the positions the model was given, of everything it read.
+        options: how it was generated, so that it can be generated again.
+        seconds, forwards: what it cost.
+    """
+
+    prompt: Prompt
+    sequences: Int[torch.Tensor, "example position"]
+    tokens: TokenMap
+    latents: Float[torch.Tensor, "example step d_model"]
+    latent_mask: Bool[torch.Tensor, "example step"]
+    latent_span: Int[torch.Tensor, "example step"]
+    trigger: Trigger
+    cache: ActivationCache
+    found_answers: tuple[str | None, ...]
+    position_ids: torch.Tensor | None = None
+    options: tuple[Any, ...] = ()
+    logits: Float[torch.Tensor, "example position vocab"] | None = None
+    seconds: float = 0.0
+    forwards: int = 0
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """What each example wrote, special tokens spelled out, trailing padding left out."""
+        width = self.tokens.prompt_width
+        return [self.tokens.text(row, width) for row in range(len(self))]
+
+    @property
+    def answers(self) -> list[str | None]:
+        """Each example's answer; None where the finder found none."""
+        return list(self.found_answers)
+
+    @property
+    def text(self) -> str | list[str]:
+        """What was written: a string for one example, a list for a batch."""
+        return self.texts[0] if self.prompt.single else self.texts
+
+    @property
+    def answer(self) -> str | None | list[str | None]:
+        """The answer: a string for one example, a list for a batch; None where none was found."""
+        return self.answers[0] if self.prompt.single else self.answers
+
+    @property
+    def parse_coverage(self) -> float:
+        """Share of examples whose answer was found."""
+        return float(np.mean([answer is not None for answer in self.answers]))
+
+    def states(self, site: str, at: Positions) -> States:
+        """The states this run gives as a donor, at a site and selector.
+
+        Raises:
+            DonorError: the run did not capture that site at all of those positions.
+        """
+        columns = [at.resolve(self.tokens, row) for row in range(len(self))]
+        if site == "hook_latent":
+            return pad([self._latents_at(row, c) for row, c in enumerate(columns)])
+        if site not in self.cache:
+            held = ", ".join(self.cache) or "nothing"
+            raise DonorError(
+                f"the donor run captured {held}, not {site!r}; make it with "
+                f"lens.run(inputs, names_filter={site!r}, positions={at!r})"
+            )
+        return pad([self._cached_at(site, row, c, at) for row, c in enumerate(columns)])
+
+    def _latents_at(self, row: int, columns: np.ndarray) -> torch.Tensor:
+        steps = self.tokens.step[row, columns]
+        return self.latents[row, steps[steps >= 0]]
+
+    def _cached_at(
+        self, site: str, row: int, columns: np.ndarray, at: Positions
+    ) -> torch.Tensor:
+        held = self.cache.columns[site][row].tolist()
+        missing = [int(c) for c in columns if int(c) not in held]
+        if missing:
+            raise DonorError(
+                f"the donor run did not capture {site!r} at columns {missing} ({at!r}) of row {row}; "
+                f"make it with positions={at!r}"
+            )
+        return self.cache.values[site][row, [held.index(int(c)) for c in columns]]
+
+    def __repr__(self) -> str:
+        lines = [f"Run of {len(self)} example{'s' * (len(self) != 1)}: {self.trigger}"]
+        for row in range(min(len(self), 4)):
+            lines.append(f"  {row}: answer {self.answers[row]!r}, text {self.texts[row][:70]!r}")
+        return "\n".join(lines + (["  ..."] if len(self) > 4 else []))
+
+
+def finish(
+    loop: LatentLoop,
+    sequences: torch.Tensor,
+    prompt: Prompt,
+    finder: AnswerFinder,
+    capture: CaptureEntry | None,
+    positions: Sequence[Positions],
+    table: SiteTable,
+) -> Run:
+    """Put together the run that a finished loop left behind."""
+    tokens, answers = find_answers(loop.tokens, finder)
+    latents, mask, span = _collect_latents(loop, tokens, sequences.device)
+    logits = torch.stack(loop.logits, 1) if loop.logits else None
+    return Run(
+        prompt=prompt,
+        sequences=sequences,
+        tokens=tokens,
+        latents=latents,
+        latent_mask=mask,
+        latent_span=span,
+        trigger=Trigger(tuple(loop.spans), tuple(int(n) for n in mask.sum(1))),
+        cache=assemble(capture, tokens, positions, table),
+        found_answers=tuple(answers),
+        position_ids=loop.position_ids,
+        logits=logits,
+        seconds=loop.seconds,
+        forwards=loop.forwards,
+    )
+
+
+def find_answers(tokens: TokenMap, finder: AnswerFinder) -> tuple[TokenMap, list[str | None]]:
+    """Mark each row's answer, searched behind its last latent span."""
+    columns: list[np.ndarray] = []
+    answers: list[str | None] = []
+    for row in range(len(tokens)):
+        latents = tokens.columns(row, Kind.LATENT)
+        start = int(latents[-1]) + 1 if len(latents) else tokens.prompt_width
+        real = np.flatnonzero(tokens.kind[row] != Kind.PAD)
+        behind = real[real >= start]
+        text = tokens.text(row, start)
+        found = finder(text)
+        answers.append(None if found is None else text[slice(*found)])
+        columns.append(tokens.overlapping(row, behind, finder) if found else behind[:0])
+    return tokens.finished(columns), answers
+
+
+def assemble(
+    capture: CaptureEntry | None,
+    tokens: TokenMap,
+    positions: Sequence[Positions] | None,
+    table: SiteTable,
+) -> ActivationCache:
+    """Make the cache of what was captured, cut to `positions` (None keeps what was captured)."""
+    if capture is None:
+        return ActivationCache()
+    axes = {name: table[name].kind.axes for name in capture.sites}
+    values, columns = dict(capture.whole), {}
+    for name, act in capture.whole.items():
+        if not table[name].is_vision:
+            columns[name] = torch.arange(tokens.width)[-act.shape[1] :].repeat(len(act), 1)
+    for name, cells in capture.cells.items():
+        rows = [_row_cells(cells, row, tokens, positions) for row in range(len(tokens))]
+        filled = [torch.stack([v for _, v in row]) for row in rows if row]
+        if not filled:
+            continue
+        blank = filled[0][:0]
+        values[name] = pad([torch.stack([v for _, v in row]) if row else blank for row in rows]).values
+        width = values[name].shape[1]
+        columns[name] = torch.tensor([[c for c, _ in r] + [-1] * (width - len(r)) for r in rows])
+    ordered = {name: values[name] for name in capture.sites if name in values}
+    return ActivationCache(ordered, columns, axes)
+
+
+def _row_cells(
+    cells: Sequence[tuple[int, int, torch.Tensor]],
+    row: int,
+    tokens: TokenMap,
+    positions: Sequence[Positions] | None,
+) -> list[tuple[int, torch.Tensor]]:
+    found = {column: value for r, column, value in cells if r == row}
+    if positions is not None:
+        wanted = {int(c) for at in positions for c in at.resolve(tokens, row)}
+        found = {c: v for c, v in found.items() if c in wanted}
+    return sorted(found.items(), key=lambda pair: pair[0])
+
+
+def wanted_while_generating(
+    positions: Sequence[Positions],
+) -> Callable[[TokenMap, int], np.ndarray]:
+    """What to capture when some selectors resolve only once the run is complete: for those, every
+    generated position, cut down afterwards."""
+
+    def wanted(tokens: TokenMap, row: int) -> np.ndarray:
+        found = [np.zeros(0, dtype=int)]
+        for at in positions:
+            if isinstance(at, AnswerPositions):
+                found.append(np.arange(max(tokens.prompt_width - 1, 0), tokens.width))
+            else:
+                found.append(at.resolve(tokens, row))
+        return np.unique(np.concatenate(found))
+
+    return wanted
+
+
+def _collect_latents(
+    loop: LatentLoop, tokens: TokenMap, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n_rows = len(tokens)
+    rows: list[list[torch.Tensor]] = [[] for _ in range(n_rows)]
+    spans: list[list[int]] = [[] for _ in range(n_rows)]
+    for row, column, z in loop.fed:
+        rows[row].append(z)
+        spans[row].append(int(tokens.span[row, column]))
+    d_model = loop.fed[0][2].shape[-1] if loop.fed else 0
+    dtype = loop.fed[0][2].dtype if loop.fed else torch.float32
+    width = max(map(len, rows), default=0)
+    latents = torch.zeros(n_rows, width, d_model, dtype=dtype, device=device)
+    mask = torch.zeros(n_rows, width, dtype=torch.bool)
+    span = torch.full((n_rows, width), -1)
+    for row, zs in enumerate(rows):
+        if zs:
+            latents[row, : len(zs)] = torch.stack(zs)
+            mask[row, : len(zs)] = True
+            span[row, : len(zs)] = torch.tensor(spans[row])
+    return latents, mask, span
+

@@ -1,0 +1,255 @@
+"""What every position of a batch is: system, text, image cell, latent step, answer or padding."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from imaginelens.hooks.grid import ImageGrid, Layout
+
+
+class Kind(IntEnum):
+    """The kinds of a position."""
+
+    PAD = 0
+    SYSTEM = 1
+    TEXT = 2
+    IMAGE = 3
+    LATENT = 4
+    ANSWER = 5
+
+
+_SYSTEM = re.compile(
+    r"<\|im_start\|>\s*system.*?<\|im_end\|>\n?"
+    r"|<\|start_header_id\|>system<\|end_header_id\|>.*?<\|eot_id\|>",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One position of one example.
+
+    Attributes:
+        column: where it stands in the padded batch; `index` counts from the row's first real token.
+        image, row, col: the image and grid cell it shows; -1 if none.
+        span, step: its latent span and its step over all spans of the run; -1 if none.
+        box: the cell's pixels as left, top, right, bottom, where the picture is known.
+    """
+
+    column: int
+    index: int
+    kind: Kind
+    text: str
+    image: int = -1
+    row: int = -1
+    col: int = -1
+    span: int = -1
+    step: int = -1
+    box: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """The map of a batch, one row per example; left padding included.
+
+    All arrays are (example, position). While a run is being generated the map grows by a column per
+    step and `final` is False: places that depend on what is still to come do not resolve yet.
+    """
+
+    ids: np.ndarray
+    kind: np.ndarray
+    image: np.ndarray
+    cell: np.ndarray  # (example, position, 2)
+    box: np.ndarray  # (example, position, 4) in pixels of the picture
+    span: np.ndarray
+    step: np.ndarray
+    grids: tuple[tuple[ImageGrid, ...], ...]
+    tokenizer: Any
+    prompt_width: int
+    final: bool = True
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def width(self) -> int:
+        """Columns of the padded batch."""
+        return self.ids.shape[1]
+
+    def __getitem__(self, row: int) -> list[Token]:
+        """The tokens of one example, padding left out."""
+        real = np.flatnonzero(self.kind[row] != Kind.PAD)
+        return [self.token(row, int(column)) for column in real]
+
+    def token(self, row: int, column: int) -> Token:
+        """What stands at one column of one row."""
+        image, (r, c) = int(self.image[row, column]), map(int, self.cell[row, column])
+        return Token(
+            column=column,
+            index=column - self.start(row),
+            kind=Kind(int(self.kind[row, column])),
+            text=self._piece_at(row, column),
+            image=image,
+            row=r,
+            col=c,
+            span=int(self.span[row, column]),
+            step=int(self.step[row, column]),
+            box=_known(self.box[row, column]),
+        )
+
+    def start(self, row: int) -> int:
+        """The column of the row's first real token."""
+        real = np.flatnonzero(self.kind[row] != Kind.PAD)
+        return int(real[0]) if len(real) else self.width
+
+    def columns(self, row: int, kind: Kind) -> np.ndarray:
+        """The columns of one row that are of this kind."""
+        return np.flatnonzero(self.kind[row] == kind)
+
+    def text(self, row: int, start: int = 0, stop: int | None = None) -> str:
+        """The decoded text between two columns, padding left out."""
+        keep = [c for c in range(*slice(start, stop).indices(self.width)) if self.kind[row, c]]
+        return "".join(self._pieces(row, keep))
+
+    def _pieces(self, row: int, columns: Sequence[int]) -> list[str]:
+        return pieces(self.tokenizer, [int(self.ids[row, c]) for c in columns])
+
+    def _piece_at(self, row: int, column: int) -> str:
+        prev = [column - 1] if column > self.start(row) else []
+        return self._pieces(row, [*prev, column])[-1]
+
+    def find(self, row: int, needle: str) -> np.ndarray:
+        """The columns of the tokens that overlap the first occurrence of `needle`."""
+        columns = np.flatnonzero(self.kind[row] != Kind.PAD)
+        return self.overlapping(row, columns, lambda text: _first(text, needle))
+
+    def overlapping(
+        self, row: int, columns: np.ndarray, finder: Callable[[str], tuple[int, int] | None]
+    ) -> np.ndarray:
+        """Those of the columns whose tokens overlap the character range that `finder` finds."""
+        parts = self._pieces(row, columns.tolist())
+        found = finder("".join(parts))
+        if found is None:
+            return np.zeros(0, dtype=int)
+        ends = np.cumsum([len(part) for part in parts])
+        starts = ends - [len(part) for part in parts]
+        return columns[(ends > found[0]) & (starts < found[1])]
+
+    def grown(
+        self, ids: np.ndarray, kind: np.ndarray, span: np.ndarray, step: np.ndarray
+    ) -> "TokenMap":
+        """The map with one more column, as one more token of every row is about to be read."""
+
+        def join(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+            return np.concatenate([old, new[:, None].astype(old.dtype)], axis=1)
+
+        blank = np.full(len(ids), -1)
+        return replace(
+            self,
+            ids=join(self.ids, ids),
+            kind=join(self.kind, kind),
+            image=join(self.image, blank),
+            cell=join(self.cell, np.stack([blank] * 2, -1)),
+            box=join(self.box, np.full((len(ids), 4), np.nan)),
+            span=join(self.span, span),
+            step=join(self.step, step),
+        )
+
+    def finished(self, answers: Sequence[np.ndarray]) -> "TokenMap":
+        """The map of a completed run, with the columns of each row's answer marked."""
+        kind = self.kind.copy()
+        for row, columns in enumerate(answers):
+            kind[row, columns] = Kind.ANSWER
+        return replace(self, kind=kind, final=True)
+
+
+def map_prompt(
+    ids: np.ndarray, mask: np.ndarray, layouts: Sequence[Layout], tokenizer: Any
+) -> TokenMap:
+    """Map the tokens of a left-padded prompt batch."""
+    kind = np.where(mask == 0, Kind.PAD, Kind.TEXT).astype(np.int8)
+    image = np.full(ids.shape, -1, dtype=np.int16)
+    cell = np.full((*ids.shape, 2), -1, dtype=np.int32)
+    box = np.full((*ids.shape, 4), np.nan)
+    blank = np.full(ids.shape, -1, dtype=np.int32)
+    for row, layout in enumerate(layouts):
+        kind[row, layout.columns] = Kind.IMAGE
+        image[row, layout.columns] = layout.image
+        cell[row, layout.columns] = layout.cells
+        box[row, layout.columns] = layout.boxes
+    grids = tuple(layout.grids for layout in layouts)
+    tokens = TokenMap(
+        ids, kind, image, cell, box, blank, blank.copy(), grids, tokenizer, ids.shape[1]
+    )
+    for row in range(len(ids)):
+        _mark_system(tokens, row)
+    return tokens
+
+
+def _system_message(text: str) -> tuple[int, int] | None:
+    found = _SYSTEM.search(text)
+    return None if found is None else found.span()
+
+
+def _first(text: str, needle: str) -> tuple[int, int] | None:
+    at = text.find(needle) if needle else -1
+    return None if at < 0 else (at, at + len(needle))
+
+
+def _mark_system(tokens: TokenMap, row: int) -> None:
+    if tokens.tokenizer is None:
+        return
+    real = np.flatnonzero(tokens.kind[row] != Kind.PAD)
+    columns = tokens.overlapping(row, real, _system_message)
+    tokens.kind[row, columns[tokens.kind[row, columns] == Kind.TEXT]] = Kind.SYSTEM
+
+
+def _known(box: np.ndarray) -> tuple[float, float, float, float] | None:
+    left, top, right, bottom = (float(v) for v in box)
+    return None if np.isnan(left) else (left, top, right, bottom)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text each token adds to what stands before it, special tokens spelled out.
+
+    Token by token would lose the spaces that some tokenizers put between words.
+    """
+    if tokenizer is None:
+        return [f"[{token}]" for token in ids]
+    key = _Hashable(tokenizer)
+    before = [None, *ids[:-1]]
+    return [_piece(key, prev, token) for prev, token in zip(before, ids, strict=True)]
+
+
+class _Hashable:
+    """A tokenizer as a cache key: by identity, for tokenizers need not be hashable."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __hash__(self) -> int:
+        return id(self.tokenizer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and other.tokenizer is self.tokenizer
+
+
+@lru_cache(maxsize=65536)
+def _piece(key: _Hashable, prev: int | None, token: int) -> str:
+    def decode(*ids: int) -> str:
+        return str(key.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    if prev is None:
+        return decode(token)
+    alone, both = decode(prev), decode(prev, token)
+    return both[len(alone) :] if both.startswith(alone) else decode(token)
+
+
+def describe(tokens: TokenMap, row: int = 0) -> Mapping[str, int]:
+    """How many positions of each kind one row has."""
+    return {kind.name.lower(): int((tokens.kind[row] == kind).sum()) for kind in Kind}

@@ -1,0 +1,107 @@
+"""A tiny trained model whose mechanism is known, as a `LatentModel` with a task."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imaginelens.hooks import LatentModel, LatentSpec, Pairs
+from imaginelens.hooks.answers import AnswerFinder
+from imaginelens.hooks.pairs import Hypothesis
+from imaginelens.organisms import hunt
+from imaginelens.organisms.checkpoint import available, card, folder
+
+
+class Organism(LatentModel):
+    """A shipped organism: everything a `LatentModel` is, and `.task()` draws its exact task."""
+
+    name: str
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What was measured when it was trained: accuracy, do(Z) profile, swap shares."""
+        return card(self.name)
+
+    def task(self, n: int = 64, seed: int = 0) -> Pairs:
+        """Draw pairs of hunts whose answers differ, with every mechanism's prediction.
+
+        `pairs.hypotheses[name](i, steps)` is the answer to expect when the latents at `steps` (None:
+        all) of pair i's source go into its base, if that mechanism is the model's.
+        """
+        if n < 1:
+            raise ValueError(f"task(n={n}) asks for no pairs; n must be 1 or more")
+        base, source = hunt.pairs(n, hops=int(self.card["hops"]), seed=seed)
+        return Pairs(
+            base=[example(h) for h in base],
+            source=[example(h) for h in source],
+            base_answers=[h.answer for h in base],
+            source_answers=[h.answer for h in source],
+            hypotheses=_hypotheses(base, source),
+        )
+
+
+def example(game: hunt.Hunt) -> dict[str, Any]:
+    """A hunt as an input: its picture and its question."""
+    return {"images": game.image(), "text": game.question}
+
+
+def organisms() -> list[str]:
+    """List the names of the shipped organisms."""
+    return available()
+
+
+def load(
+    name: str | Path,
+    *,
+    answer: AnswerFinder | None = None,
+    spec: LatentSpec | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LatentModel:
+    """Open a shipped organism by name, or a checkpoint from a local folder or the Hub.
+
+    Args:
+        answer: finds the answer in what the model writes, e.g. `il.answers.boxed`.
+        spec: the latent family, if it is not recognised.
+        dtype: organisms open in float32 unless you say otherwise.
+
+    Raises:
+        CheckpointError: there is no such organism, folder or model.
+
+    >>> load("latent-content").spec.name
+    'organism'
+    """
+    if str(name) not in available():
+        return LatentModel.from_pretrained(
+            name,
+            spec=spec,
+            answer=answer,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    lens = Organism.from_pretrained(
+        folder(str(name)),
+        spec=spec,
+        answer=answer,
+        dtype=torch.float32 if dtype == "auto" else dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+    )
+    assert isinstance(lens, Organism)
+    lens.name = str(name)
+    return lens
+
+
+def _hypotheses(base: list[hunt.Hunt], source: list[hunt.Hunt]) -> Mapping[str, Hypothesis]:
+    def predict(rule: hunt.Hypothesis, i: int, steps: tuple[int, ...] | None) -> str:
+        return rule(base[i], source[i], steps)
+
+    return {name: partial(predict, rule) for name, rule in hunt.HYPOTHESES.items()}

@@ -1,0 +1,19 @@
+"""What people look at: the self-contained HTML report."""
+
+from imaginelens.view.heatmap import heatmap_svg as heatmap_svg
+from imaginelens.view.page import render as render
+from imaginelens.view.page import write as write
+from imaginelens.view.report import Cell as Cell
+from imaginelens.view.report import Check as Check
+from imaginelens.view.report import Column as Column
+from imaginelens.view.report import EditRow as EditRow
+from imaginelens.view.report import Example as Example
+from imaginelens.view.report import GridCell as GridCell
+from imaginelens.view.report import HeatMap as HeatMap
+from imaginelens.view.report import KeyNumber as KeyNumber
+from imaginelens.view.report import Measure as Measure
+from imaginelens.view.report import Picture as Picture
+from imaginelens.view.report import Report as Report
+from imaginelens.view.report import Row as Row
+from imaginelens.view.report import Study as Study
+from imaginelens.view.report import Token as Token

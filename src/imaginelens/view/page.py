@@ -1,0 +1,209 @@
+"""A report as one HTML file that needs nothing else: no script, no network, no second file.
+
+>>> from imaginelens.view import Report, render
+>>> render(Report(title="Empty", studies=())).startswith("<!doctype html>")
+True
+"""
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from imaginelens.view.heatmap import heatmap_svg
+from imaginelens.view.legend import legend
+from imaginelens.view.markup import Markup, element, join
+from imaginelens.view.numerals import between, fixed
+from imaginelens.view.picture import picture_svg
+from imaginelens.view.report import Example, KeyNumber, Report, Study
+from imaginelens.view.strips import latent_strips, strips_note
+from imaginelens.view.tables import checks_list, edits_table, numbers_table
+from imaginelens.view.tokens import token_strip
+
+# Even if a tag slipped through, the browser would neither run nor load anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'"
+_KINDS = ("system", "text", "image", "latent", "answer")
+
+
+def render(report: Report) -> str:
+    """The report as HTML. Equal reports give equal pages."""
+    body = element("main", _header(report), _studies(report), _provenance(report))
+    return f"<!doctype html>\n{element('html', _head(report), element('body', body), lang='en')}\n"
+
+
+def write(report: Report, path: str | os.PathLike[str]) -> Path:
+    """Render to `path`, whole or not at all: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(render(report), encoding="utf-8", newline="\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _head(report: Report) -> Markup:
+    style = resources.files("imaginelens.view").joinpath("report.css").read_text(encoding="utf-8")
+    return element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", report.title),
+        element("style", Markup(style)),
+    )
+
+
+def _header(report: Report) -> Markup:
+    steps = [element("li", text) for text in report.how_to_read]
+    reading = element(
+        "section", element("h2", "How to read this"), element("ol", *steps), class_="reading"
+    )
+    return element(
+        "header",
+        element("p", "ImagineLens", class_="brand"),
+        element("h1", report.title),
+        element("p", report.subtitle, class_="subtitle") if report.subtitle else None,
+        reading if steps else None,
+    )
+
+
+def _studies(report: Report) -> Markup:
+    articles = [
+        _study(study, report, f"study-{index}") for index, study in enumerate(report.studies)
+    ]
+    return element("div", *articles, class_="studies")
+
+
+def _study(study: Study, report: Report, id_: str) -> Markup:
+    """Seven sections, always the same: they line up across studies."""
+    return element(
+        "article",
+        _study_header(study, report, id_),
+        _inputs(study),
+        _section("The base run, token by token", token_strip(study.tokens), _kinds(), class_="run"),
+        _effects(study, report),
+        _latents(study, report),
+        _edits(study, report),
+        _checks(study),
+        class_="study",
+        aria_labelledby=id_,
+    )
+
+
+def _study_header(study: Study, report: Report, id_: str) -> Markup:
+    numbers = [_key_number(number, report.interval_name) for number in study.numbers]
+    return element(
+        "div",
+        element("h2", element("bdi", study.name), id=id_),
+        element("p", study.headline, class_="headline"),
+        element("dl", *numbers, class_="key-numbers") if numbers else None,
+        class_="opening",
+    )
+
+
+def _key_number(number: KeyNumber, interval_name: str) -> Markup:
+    measure = number.measure
+    low, high = measure.interval or (None, None)
+    interval = f"{interval_name} {between(measure.interval)}, " if measure.interval else ""
+    note = f"{number.note} · " if number.note else ""
+    value = element(
+        "dd",
+        fixed(measure.value),
+        data_value=measure.value,
+        data_n=measure.n,
+        data_low=low,
+        data_high=high,
+    )
+    details = element("dd", f"{note}{interval}n = {measure.n}", class_="details")
+    return element("div", element("dt", number.label), value, details)
+
+
+def _section(heading: str, *parts: str | None, class_: str, note: str | None = None) -> Markup:
+    lead = element("p", note, class_="note") if note else None
+    return element("section", element("h3", heading), lead, *parts, class_=class_)
+
+
+def _inputs(study: Study) -> Markup:
+    pair = element(
+        "div", _example("Base", study.base), _example("Source", study.source), class_="pair"
+    )
+    return _section("The pair shown", pair, class_="inputs")
+
+
+def _example(role: str, example: Example) -> Markup:
+    caption = element(
+        "figcaption",
+        element("span", role, class_="role"),
+        element("q", example.question),
+        element(
+            "span", "answer ", element("b", element("bdi", example.answer)), class_="answer-line"
+        ),
+    )
+    drawing = picture_svg(example.picture) if example.picture else None
+    return element("figure", drawing, caption, class_=role.lower())
+
+
+def _kinds() -> Markup:
+    marks = [element("span", element("i", class_=f"chip {k}"), k, class_="swatch") for k in _KINDS]
+    return element("p", *marks, class_="kinds", aria_hidden="true")
+
+
+def _effects(study: Study, report: Report) -> Markup:
+    heatmap, effects = study.heatmap, study.heatmap.effects
+    drawing = heatmap_svg(
+        heatmap, report.limit, name=study.name, interval_name=report.interval_name
+    )
+    key = legend(
+        report.limit,
+        heatmap.unit,
+        report.interval_name,
+        clipped=bool((abs(effects) > report.limit).any()),
+    )
+    table = element(
+        "details", element("summary", "The same numbers as a table"), numbers_table(heatmap)
+    )
+    plot = element("div", drawing, class_="scroll")
+    return _section(
+        "What a patch there does", plot, key, table, class_="effects", note=heatmap.caption
+    )
+
+
+def _latents(study: Study, report: Report) -> Markup:
+    limit = report.latent_limit
+    note = strips_note(study.latents, limit)
+    return _section(
+        "The latents of the base run",
+        latent_strips(study.latents, limit),
+        class_="z-vectors",
+        note=note,
+    )
+
+
+def _edits(study: Study, report: Report) -> Markup:
+    if not study.edits:
+        return element("section", class_="do-z")
+    sizes = sorted({row.accuracy.n for row in study.edits})
+    n = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}"
+    note = (
+        f"Accuracy when all latents are edited, {n}, {report.interval_name} in brackets. Flipped: "
+        "share of answers that changed. Landed: edits that took place, of those asked for."
+    )
+    return _section("do(Z): edit the latents", edits_table(study.edits), class_="do-z", note=note)
+
+
+def _checks(study: Study) -> Markup:
+    if not study.checks:
+        return element("section", class_="integrity")
+    return _section("Can these numbers be trusted?", checks_list(study.checks), class_="integrity")
+
+
+def _provenance(report: Report) -> Markup:
+    items = [
+        element("div", element("dt", str(key)), element("dd", element("bdi", str(value))))
+        for key, value in report.provenance.items()
+    ]
+    listing = join([element("h2", "Provenance"), element("dl", *items)]) if items else None
+    return element("footer", listing)
