@@ -227,7 +227,14 @@ class LatentModel:
                 **inputs, **options, generation_config=config, custom_generate=loop.__call__
             )
         run = finish(
-            loop, sequences, prompt, self.find_answer, capture, positions, self.registry.table
+            loop,
+            sequences,
+            prompt,
+            self.find_answer,
+            capture,
+            positions,
+            self.registry.table,
+            torch.empty(0, self.structure.d_model, dtype=self.model.dtype, device=self.model.device),
         )
         how = (max_new_tokens, latents, generation, seed, keep_logits)
         run = replace(run, options=how)

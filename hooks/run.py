@@ -79,7 +79,7 @@ class Run:
     found_answers: tuple[str | None, ...]
     position_ids: torch.Tensor | None = None
     options: tuple[Any, ...] = ()
-    logits: Float[torch.Tensor, "example position vocab"] | None = None
+    logits: Float[torch.Tensor, "example generated vocab"] | None = None
     seconds: float = 0.0
     forwards: int = 0
 
@@ -160,10 +160,14 @@ def finish(
     capture: CaptureEntry | None,
     positions: Sequence[Positions],
     table: SiteTable,
+    no_latents: torch.Tensor,
 ) -> Run:
-    """Put together the run that a finished loop left behind."""
+    """Put together the run that a finished loop left behind.
+
+    `no_latents` is an empty (0, d_model) tensor of the model's dtype, on its device.
+    """
     tokens, answers = find_answers(loop.tokens, finder)
-    latents, mask, span = _collect_latents(loop, tokens, sequences.device)
+    latents, mask, span = _collect_latents(loop, tokens, no_latents)
     logits = torch.stack(loop.logits, 1) if loop.logits else None
     return Run(
         prompt=prompt,
@@ -257,7 +261,7 @@ def wanted_while_generating(
 
 
 def _collect_latents(
-    loop: LatentLoop, tokens: TokenMap, device: torch.device
+    loop: LatentLoop, tokens: TokenMap, no_latents: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     n_rows = len(tokens)
     rows: list[list[torch.Tensor]] = [[] for _ in range(n_rows)]
@@ -265,10 +269,8 @@ def _collect_latents(
     for row, column, z in loop.fed:
         rows[row].append(z)
         spans[row].append(int(tokens.span[row, column]))
-    d_model = loop.fed[0][2].shape[-1] if loop.fed else 0
-    dtype = loop.fed[0][2].dtype if loop.fed else torch.float32
     width = max(map(len, rows), default=0)
-    latents = torch.zeros(n_rows, width, d_model, dtype=dtype, device=device)
+    latents = no_latents.new_zeros(n_rows, width, no_latents.shape[-1])
     mask = torch.zeros(n_rows, width, dtype=torch.bool)
     span = torch.full((n_rows, width), -1)
     for row, zs in enumerate(rows):

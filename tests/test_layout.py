@@ -6,6 +6,7 @@ Each guard below is followed by a test that it can fail.
 import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -194,6 +195,13 @@ def test_annotations_are_checked_while_the_tests_run() -> None:
     names = importlib.import_module("imaginelens.hooks.names")
     functions = [value for value in vars(names).values() if inspect.isfunction(value)]
     assert any("jaxtyping" in function.__code__.co_filename for function in functions)
+
+
+def test_nothing_can_be_installed_while_the_tests_run() -> None:
+    """transformer_lens tries to: boot_transformers calls pip or uv for a missing torchvision."""
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps"]
+    assert subprocess.run([*pip, "torchvision"], capture_output=True).returncode != 0
+    assert os.environ["UV_OFFLINE"] == "1"
 
 
 def not_shipped(root: Path, table: dict[str, dict[str, list[str]]]) -> set[str]:

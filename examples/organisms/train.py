@@ -3,11 +3,11 @@
     python examples/organisms/train.py latent-content --seed 0 --out latent-content
 
 Three lessons, minutes on one CPU core: `see` (the vision tower learns to tell cards apart), `read`
-(the language model learns to find cards by name) and `hunt` (it learns the task, by the
-latents we want). Without the first two the hunt is not learned. The variant `base` stops after
-`read`; `--base DIR` starts from there. What an organism is, is one entry of `VARIANTS`; how its
-latents work is one entry of `TWISTS`: what happens to the latents in a second copy of each batch,
-and which answer is right then.
+(the language model learns to find a card by its name, and to follow one pointer) and `hunt` (it
+learns the task, by the latents we want). Without the first two the hunt is not learned. The variant
+`base` stops after `read`; `--base DIR` starts from there. What an organism is, is one entry of
+`VARIANTS`; how its latents work is one entry of `TWISTS`: what happens to the latents in a second
+copy of each batch, and which answer is right then.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from imaginelens.organisms.hunt import CARDS, HYPOTHESES, NAMES, SHAPES, Hunt, s
 Model = Qwen2_5_VLForConditionalGeneration
 BATCH = 64
 GALLERY = 8_192  # boards photographed for training
+RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,16 @@ class Variant:
 
     hops: int
     updates: int
-    rate: float
     latent_steps: int = 0
     align: float = 0.0  # weight of the cosine between latent step t and the (t+1)th visited card
-    leaps: int = 0  # updates of `leap_lesson`, for answers that need no latents
     twist: str | None = None  # which entry of TWISTS the second copy of each batch goes through
 
 
-BASE = Variant(hops=2, updates=0, rate=0.0)
 VARIANTS = {
-    "base": BASE,
-    "latent-content": Variant(
-        hops=2, updates=1500, rate=2e-3, latent_steps=2, align=1.0, twist="content"
-    ),
-    "latent-pointer": Variant(hops=2, updates=1000, rate=2e-3, latent_steps=2, align=1.0),
-    "latent-ignored": Variant(
-        hops=1, updates=500, rate=2e-3, latent_steps=2, leaps=500, twist="ignored"
-    ),
+    "base": Variant(hops=2, updates=0),
+    "latent-content": Variant(hops=2, updates=1000, latent_steps=2, align=1.0, twist="content"),
+    "latent-pointer": Variant(hops=2, updates=1000, latent_steps=2, align=1.0),
+    "latent-ignored": Variant(hops=1, updates=500, latent_steps=2, twist="ignored"),
 }
 
 
@@ -77,7 +71,7 @@ Twist = Callable[[Gallery, int, torch.Generator], tuple[Edit, list[str]]]
 
 
 def interchange(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Edit, list[str]]:
-    """Swap a random set of latent steps with the next example's; right is what `content` says.
+    """Swap in another example's latents at random steps; right is what `content` says.
 
     Interchange-intervention training (arXiv 2112.00826): the latents come to carry the card.
     """
@@ -131,22 +125,17 @@ def card_loss(model: Model, head: torch.nn.Linear, hunts: list[Hunt]) -> Tensor:
     )
 
 
-def caption_loss(
-    model: Model, gallery: Gallery, rng: np.random.Generator, *, leap: bool = False
-) -> Tensor:
+def caption_loss(model: Model, gallery: Gallery, question: str, rng: np.random.Generator) -> Tensor:
     """Cross-entropy of what each card says, the cards called by name in random order.
 
-    A card says its pointer and its shape; with `leap` it says the shape of the card it points to.
-    One caption asks nine times for the step that a hunt asks for once.
+    A card says what `CAPTIONS[question]` lists. One caption asks nine times for the step that a
+    hunt asks for once.
     """
-    prompt = prompt_words("then shape ?" if leap else "what ?")
-    says = [
-        (h.names, [h.shape_of(name) for name in h.pointers])
-        if leap
-        else (h.names, h.pointers, h.shapes)
+    prompt = prompt_words(question)
+    captions = [
+        [word for card in rng.permutation(h.names) for word in (card, *CAPTIONS[question](h, card))]
         for h in gallery.hunts
     ]
-    captions = [[side[card] for card in rng.permutation(CARDS) for side in sides] for sides in says]
     ids = token_ids([[*prompt, *caption] for caption in captions])
     states = model.model.language_model(
         inputs_embeds=embed(model, ids, gallery.features),
@@ -156,6 +145,13 @@ def caption_loss(
     spoken = ids[:, len(prompt) :].unflatten(1, (CARDS, -1))  # (example, card, name and the rest)
     guesses = model.lm_head(states[:, len(prompt) :]).unflatten(1, (CARDS, -1))[:, :, :-1]
     return F.cross_entropy(guesses.flatten(0, 2), spoken[:, :, 1:].flatten())
+
+
+# what the card called `name` says on board `h`: its pointer and shape, or the next card's shape
+CAPTIONS: dict[str, Callable[[Hunt, str], list[str]]] = {
+    "what ?": lambda h, name: [h.follow(name, 1)[-1], h.shape_of(name)],
+    "then shape ?": lambda h, name: [h.shape_of(h.follow(name, 1)[-1])],
+}
 
 
 def latent_loss(model: Model, gallery: Gallery, variant: Variant, draw: torch.Generator) -> Tensor:
@@ -201,7 +197,7 @@ def see_lesson(model: Model, *, seed: int, updates: int = 150) -> list[float]:
     batches = (sample(BATCH, hops=0, seed=s) for s in _seeds(seed))
     weights = [*model.model.visual.parameters(), *head.parameters()]
     loss = (card_loss(model, head, hunts) for hunts in batches)
-    history = fit("see", weights, loss, updates=updates, rate=2e-3)
+    history = fit("see", weights, loss, updates=updates)
     _rescale_visual_tokens(model, next(batches))
     return history
 
@@ -215,20 +211,14 @@ def _rescale_visual_tokens(model: Model, hunts: list[Hunt], size: float = 0.5) -
     last.bias.mul_(ratio)
 
 
-def read_lesson(model: Model, gallery: Gallery, *, seed: int, updates: int = 250) -> list[float]:
-    """Teach the language model to find cards by name and say what is on them."""
-    weights = list(model.model.language_model.parameters())
+def read_lesson(
+    model: Model, gallery: Gallery, question: str, *, seed: int, updates: int = 250
+) -> list[float]:
+    """Teach the language model to find cards by name and say what `CAPTIONS[question]` asks."""
     rng = np.random.default_rng(seed)
-    loss = (caption_loss(model, batch, rng) for batch in _batches(gallery, seed))
-    return fit("read", weights, loss, updates=updates, rate=2e-3)
-
-
-def leap_lesson(model: Model, gallery: Gallery, *, seed: int, updates: int) -> list[float]:
-    """Teach the language model to follow one pointer without a word or a latent in between."""
     weights = list(model.model.language_model.parameters())
-    rng = np.random.default_rng(seed)
-    loss = (caption_loss(model, batch, rng, leap=True) for batch in _batches(gallery, seed))
-    return fit("leap", weights, loss, updates=updates, rate=2e-3)
+    loss = (caption_loss(model, batch, question, rng) for batch in _batches(gallery, seed))
+    return fit(f"read {question!r}", weights, loss, updates=updates)
 
 
 def hunt_lesson(model: Model, gallery: Gallery, variant: Variant, *, seed: int) -> list[float]:
@@ -236,20 +226,20 @@ def hunt_lesson(model: Model, gallery: Gallery, variant: Variant, *, seed: int) 
     draw = torch.Generator().manual_seed(seed)
     weights = list(model.model.language_model.parameters())
     loss = (latent_loss(model, batch, variant, draw) for batch in _batches(gallery, seed))
-    return fit("hunt", weights, loss, updates=variant.updates, rate=variant.rate)
+    return fit("hunt", weights, loss, updates=variant.updates)
 
 
 def fit(
-    lesson: str, weights: list[Tensor], losses: Iterator[Tensor], *, updates: int, rate: float
+    lesson: str, weights: list[Tensor], losses: Iterator[Tensor], *, updates: int
 ) -> list[float]:
     """Minimise a stream of losses in place; gives the loss of every update and prints progress."""
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     history: list[float] = []
     started = time.process_time()
     for update, loss in zip(range(updates), losses, strict=False):
         for group in optimizer.param_groups:
             warm, left = min(1.0, (update + 1) / 50), 1 - update / updates
-            group["lr"] = rate * min(warm, 0.01 + 1.5 * left)
+            group["lr"] = RATE * min(warm, 0.01 + 1.5 * left)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -288,9 +278,8 @@ def train(name: str, *, seed: int, base: Path | None = None) -> Model:
     boards = sample(GALLERY, hops=variant.hops, seed=next(_seeds(seed)))
     gallery = photograph(model, boards)
     if base is None:
-        read_lesson(model, gallery, seed=seed)
-    if variant.leaps:
-        leap_lesson(model, gallery, seed=seed, updates=variant.leaps)
+        for question in CAPTIONS:
+            read_lesson(model, gallery, question, seed=seed)
     if variant.updates:
         hunt_lesson(model, gallery, variant, seed=seed)
     return model
