@@ -51,10 +51,8 @@ def letter(text: str) -> tuple[int, int] | None:
     >>> text[slice(*letter(text))]
     'B'
     """
-    found = None
-    for found in _LETTER.finditer(text):
-        pass
-    return None if found is None else found.span(1)
+    found = list(_LETTER.finditer(text))
+    return found[-1].span(1) if found else None
 
 
 def after(marker: str) -> AnswerFinder:

@@ -40,8 +40,8 @@ def _pattern_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out. The classes' own eager versions round to float32 even in float64, where
-    a padded row's mask then overflows."""
+    """Attention written out. The classes' own eager versions round to float32 also in float64,
+    where a padded row's mask then overflows."""
     if s_aux is not None:
         raise SiteUnavailable(
             f"{type(module).__name__} has attention sinks, which hook_pattern does not model; "
@@ -49,7 +49,9 @@ def _pattern_attention(
         )
     repeats = query.shape[1] // key.shape[1]
     keys, values = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (
+        query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    )
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:

@@ -95,7 +95,9 @@ def path_gap(lens: "LatentModel", run: Run) -> float:
     return float(gap[real.to(gap.device)].max())
 
 
-def check_integrity(lens: "LatentModel", base: Run, source: Run, *, site: NamesFilter, at: Positions) -> Integrity:
+def check_integrity(
+    lens: "LatentModel", base: Run, source: Run, *, site: NamesFilter, at: Positions
+) -> Integrity:
     """Measure all controls on a pair of runs of equal length, made with `keep_logits=True`."""
     return Integrity(
         sham=sham_difference(lens, base, site=site, at=at)[0],
@@ -131,7 +133,7 @@ def _decoder_inputs(lens: "LatentModel", script: Script) -> tuple[torch.Tensor, 
 def _with_decoder_inputs(lens: "LatentModel", script: Script, given: Given) -> torch.Tensor:
     def put() -> None:
         envoy = lens.nnsight.get(lens.structure.decoder)
-        args, kwargs = envoy.inputs
+        _, kwargs = envoy.inputs
         envoy.inputs = (given[0], {**kwargs, **given[1]})
 
     return lens.read_with(script, put)
@@ -144,5 +146,3 @@ def _misplaced(given: Given) -> Given:
     assert isinstance(embeds, torch.Tensor)
     rolled = embeds.roll(1, 0) if len(embeds) > 1 else embeds.roll(1, 1)
     return args, {**kwargs, "inputs_embeds": rolled}
-
-

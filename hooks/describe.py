@@ -71,7 +71,7 @@ def _grid_rule(model: PreTrainedModel, structure: Structure) -> str:
     merge = getattr(vision, "spatial_merge_size", None) or getattr(
         model.config, "spatial_merge_size", None
     )
-    if merge is not None:
+    if merge is not None and vision is not None:
         return f"patches of {vision.patch_size} px, merged {merge} x {merge}, row by row"
     return "square tiles, row by row"
 

@@ -51,9 +51,7 @@ class EditContext:
     def normal(self, seed: int, like: torch.Tensor) -> torch.Tensor:
         """Standard normal noise, one stream per cell, so that batching does not change it."""
         drawn = [
-            torch.randn(
-                like.shape[1:], generator=self.generator(seed, r, k), dtype=torch.float64
-            )
+            torch.randn(like.shape[1:], generator=self.generator(seed, r, k), dtype=torch.float64)
             for r, k in zip(self.rows, self.ordinals, strict=True)
         ]
         return torch.stack(drawn).to(like)
@@ -99,7 +97,7 @@ class _Fitted(Edit):
         return self.reference  # type: ignore[attr-defined]
 
     def fit(self, reference: Donor) -> "Edit":
-        return self if self.given is not None else replace(self, reference=reference)
+        return self if self.given is not None else replace(self, **{"reference": reference})
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,10 @@ class Resample(_Fitted):
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
         states = self._states(ctx)
-        new = [self._other(states, ctx, int(r), int(k)) for r, k in zip(ctx.rows, ctx.ordinals, strict=True)]
+        new = [
+            self._other(states, ctx, int(r), int(k))
+            for r, k in zip(ctx.rows, ctx.ordinals, strict=True)
+        ]
         return torch.stack(new).to(act)
 
     def _other(self, states: States, ctx: EditContext, row: int, ordinal: int) -> torch.Tensor:
@@ -310,7 +311,7 @@ class Shuffle(Edit):
         return torch.stack(new).to(act)
 
     def _order(self, n: int, ctx: EditContext, row: int) -> list[int]:
-        """A random order in which no step stays where it was (a cycle), if there are two or more."""
+        """A random order in which no step stays where it was (a cycle), if there are two."""
         cycle = torch.randperm(n, generator=ctx.generator(self.seed, row)).tolist()
         following = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         return [following[i] for i in range(n)]
@@ -337,7 +338,7 @@ def _fits(value: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
     """Refuse a tensor of another width before torch does so less clearly."""
     if value.shape[-1] != act.shape[-1]:
         raise DonorError(
-            f"a value of width {value.shape[-1]} (shape {tuple(value.shape)}) cannot go into states "
-            f"of width {act.shape[-1]}; take it from the same site of the same model"
+            f"a value of width {value.shape[-1]} (shape {tuple(value.shape)}) cannot go into "
+            f"states of width {act.shape[-1]}; take it from the same site of the same model"
         )
     return value

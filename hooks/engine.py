@@ -32,9 +32,7 @@ def trace(
     return result
 
 
-def forward(
-    wrapped: nnsight.NNsight, workers: Sequence[Worker], inputs: Mapping[str, Any]
-) -> Any:
+def forward(wrapped: nnsight.NNsight, workers: Sequence[Worker], inputs: Mapping[str, Any]) -> Any:
     """Run the model once: through a trace where there are workers, plainly where there are none."""
     with LOCK:
         if not workers:
@@ -44,7 +42,7 @@ def forward(
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back the hidden state that a forward leaves on the model (`rope_deltas`), also on error."""
+    """Put back the state that a forward leaves on the model (`rope_deltas`), also on error."""
     before = [(m, m.rope_deltas) for m in model.modules() if "rope_deltas" in vars(m)]
     try:
         with LOCK:

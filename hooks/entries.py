@@ -135,8 +135,8 @@ class EditEntry(Entry):
         new = self.edit.apply(old, ctx)
         if new.shape != old.shape:
             raise DonorError(
-                f"{type(self.edit).__name__} returned shape {tuple(new.shape)} for {len(old)} cells "
-                f"of shape {tuple(old.shape)} at {site.name!r}; an edit keeps the shape it gets"
+                f"{type(self.edit).__name__} returned shape {tuple(new.shape)} for {len(old)} "
+                f"cells of shape {tuple(old.shape)} at {site.name!r}; an edit keeps its shape"
             )
         self.landing.record(site.name, rows, at_columns, old, new)
         return _scatter(site, act, chunk, rows, places, new.to(act.dtype))
@@ -154,7 +154,7 @@ class EditEntry(Entry):
     def _has_donor(
         self, given: States | None, rows: np.ndarray, ordinals: np.ndarray, n_rows: int, site: str
     ) -> np.ndarray:
-        """Which cells a donor can serve; a donor row without any such state leaves its row alone."""
+        """Which cells a donor can serve; a donor row without such a state leaves its row be."""
         keep = np.ones(len(rows), dtype=bool)
         if given is None or not hasattr(self.edit, "donor"):
             return keep
@@ -169,8 +169,9 @@ class EditEntry(Entry):
             keep[i] = has > 0
             if 0 < has <= ordinal:
                 raise DonorError(
-                    f"row {row} of the donor has {has} states at {self.at!r} of {site!r} and the run "
-                    f"has reached its number {ordinal + 1}; select fewer steps, e.g. at=il.latent[:{has}]"
+                    f"row {row} of the donor has {has} states at {self.at!r} of {site!r} and the "
+                    f"run has reached its number {ordinal + 1}; select fewer steps, e.g. "
+                    f"at=il.latent[:{has}]"
                 )
         return keep
 
@@ -242,15 +243,15 @@ def _vision_cells(
     slots = _image_slots(chunk)
     if site.name != "vision_projector.hook_out" or len(slots) != len(flat):
         raise SiteUnavailable(
-            f"{site.name!r} has {len(flat)} rows and the batch {len(slots)} image tokens, so {at!r} "
-            "cannot be found in it; use a hook function, or edit blocks.0.hook_resid_pre"
+            f"{site.name!r} has {len(flat)} rows and the batch {len(slots)} image tokens, so "
+            f"{at!r} cannot be found in it; use a hook function, or edit blocks.0.hook_resid_pre"
         )
     rows, columns, ordinals = _cells(chunk, np.arange(chunk.tokens.width), at)
     where = [slots.get((int(r), int(c)), -1) for r, c in zip(rows, columns, strict=True)]
     if -1 in where:
         raise SiteUnavailable(
-            f"{at!r} selects positions that show no image, and {site.name!r} has only image tokens; "
-            "select with il.image"
+            f"{at!r} selects positions that show no image, and {site.name!r} has only image "
+            "tokens; select with il.image"
         )
     return rows, columns, ordinals, flat[where]
 

@@ -13,6 +13,7 @@ FAMILIES: dict[str, LatentSpec] = {
         close="<|latent_end|>",
         pad="<|latent_pad|>",
         max_steps=2,
+        fixed=True,
         config_keys={
             "open": "latent_start_id",
             "close": "latent_end_id",

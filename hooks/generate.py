@@ -106,7 +106,9 @@ class LatentLoop:
             unfinished = unfinished & (fed | ~stopping_criteria(input_ids, None))
             if not unfinished.any() or input_ids.shape[1] >= generation_config.max_length:
                 break
-            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1, **kwargs
+            )
         self.seconds = time.perf_counter() - started
         return input_ids
 
@@ -157,9 +159,7 @@ class LatentLoop:
             return True
         return bool((fed | (input_ids[:, -1] == self.span_tokens.open)).any())
 
-    def _overlay(
-        self, chunk: Chunk, fed: torch.Tensor
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _overlay(self, chunk: Chunk, fed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Show the states to `hook_latent`, note what is fed, and lay it over the embeddings."""
         assert self._z is not None  # a row can only be fed after a forward that was read
         column = chunk.stop - 1

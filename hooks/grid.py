@@ -172,7 +172,7 @@ def _tiled_by_runs(
     processor: Any,
     sizes: list[Size],
 ) -> list[list[Tile]]:
-    """Square tiles: each run of tokens is an image, or a tile of one if a tile token precedes it."""
+    """Square tiles: each run of tokens is an image, or a tile of one after a tile token."""
     side = _side(model, processor)
     images: list[list[Tile]] = []
     for run in _runs(columns):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.run import Run

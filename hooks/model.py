@@ -234,7 +234,9 @@ class LatentModel:
             capture,
             positions,
             self.registry.table,
-            torch.empty(0, self.structure.d_model, dtype=self.model.dtype, device=self.model.device),
+            torch.empty(
+                0, self.structure.d_model, dtype=self.model.dtype, device=self.model.device
+            ),
         )
         how = (max_new_tokens, latents, generation, seed, keep_logits)
         run = replace(run, options=how)
@@ -506,9 +508,7 @@ class LatentModel:
         """Logits of a script at some columns (None: all), as hooks are now."""
         tokens = script.tokens
         has_images = any(k.startswith("pixel") for k in script.inputs)
-        chunk = Chunk(
-            tokens, 0, tokens.width, has_images, self._projector_rows(script.inputs)
-        )
+        chunk = Chunk(tokens, 0, tokens.width, has_images, self._projector_rows(script.inputs))
         embeds = self.registry.on_latents(script.embeds, chunk, np.arange(tokens.width))
         mask = script.laid[..., None]
         inputs = dict(script.inputs)
@@ -573,8 +573,8 @@ class LatentModel:
         return map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer)
 
     def _positions(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """Explicit positions, so that padding is not counted. Models with multi-axis positions count
-        from their token types instead."""
+        """Explicit positions, so that padding is not counted. Models with multi-axis positions
+        count from their token types instead."""
         accepts = "position_ids" in inspect.signature(self.model.forward).parameters
         if not accepts or hasattr(self.model.base_model, "get_rope_index"):
             return {}
@@ -606,8 +606,9 @@ class LatentModel:
     def __repr__(self) -> str:
         family = "no latents" if self.spec is None else f"latents as {self.spec.name}"
         return (
-            f"{type(self).__name__}({type(self.model).__name__}, {len(self.structure.blocks)} layers, "
-            f"d_model {self.structure.d_model}, {family}, {len(self.registry)} sites)"
+            f"{type(self).__name__}({type(self.model).__name__}, "
+            f"{len(self.structure.blocks)} layers, d_model {self.structure.d_model}, {family}, "
+            f"{len(self.registry)} sites)"
         )
 
 
@@ -631,7 +632,9 @@ def _readout(
     lens: LatentModel,
 ) -> Readout:
     place = {column: i for i, column in enumerate(columns)}
-    deciding, log_probs, found = [], [], []
+    deciding: list[torch.Tensor] = []
+    log_probs: list[torch.Tensor] = []
+    found: list[str | None] = []
     for row, start in enumerate(script.read_at):
         ids, at = targets.base_ids[row], targets.differ_at[row]
         if start < 0 or not ids:
@@ -664,7 +667,11 @@ def _check_folder(name: str | Path) -> None:
     if path.is_file():
         raise CheckpointError(f"{name!s} is a file, expected a checkpoint folder or a Hub id")
     if not path.is_dir():
-        if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        if (
+            isinstance(name, Path)
+            or str(name).startswith((".", "/", "~"))
+            or str(name).count("/") != 1
+        ):
             raise CheckpointError(
                 f"{name!s} is neither a folder nor a Hub id of the form 'owner/name'; "
                 "check the path, or ask il.organisms() for the shipped ones"

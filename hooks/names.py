@@ -64,7 +64,11 @@ def _nearest(known: list[str], pattern: str) -> str:
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
     layers = sorted({int(n.split(".")[1]) for n in known if n.startswith("blocks.")})
     span = f"; layers are 0..{layers[-1]}" if layers else ""
-    return f"{span}; did you mean {' or '.join(map(repr, near))}?" if near else f"{span}; names look like {_examples(known)}"
+    return (
+        f"{span}; did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"{span}; names look like {_examples(known)}"
+    )
 
 
 def _examples(known: list[str]) -> str:

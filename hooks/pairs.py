@@ -11,6 +11,17 @@ Hypothesis = Callable[[int, tuple[int, ...] | None], str]
 
 
 @dataclass(frozen=True)
+class _Renumbered:
+    """A hypothesis that answers for some of the pairs."""
+
+    hypothesis: Hypothesis
+    numbers: Sequence[int]
+
+    def __call__(self, pair: int, steps: tuple[int, ...] | None) -> str:
+        return self.hypothesis(self.numbers[pair], steps)
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Pairs of inputs: the base receives states, the source donates them.
 
@@ -68,8 +79,5 @@ class Pairs:
             [self.base_answers[i] for i in start],
             [self.source_answers[i] for i in start],
             None if self.groups is None else [self.groups[i] for i in start],
-            {
-                name: lambda i, steps, h=h, start=start: h(start[i], steps)
-                for name, h in self.hypotheses.items()
-            },
+            {name: _Renumbered(h, start) for name, h in self.hypotheses.items()},
         )

@@ -65,8 +65,9 @@ class PatchResult:
     def __repr__(self) -> str:
         n = len(self.before)
         lines = [
-            f"PatchResult of {n} example{'s' * (n != 1)}, {self.context} context: mean {self.metric.name} "
-            f"{_mean(self.before):.4g} -> {_mean(self.after):.4g} ({self.metric.unit})",
+            f"PatchResult of {n} example{'s' * (n != 1)}, {self.context} context: "
+            f"mean {self.metric.name} {_mean(self.before):.4g} -> {_mean(self.after):.4g} "
+            f"({self.metric.unit})",
             f"  {self.landing.edit} at {self.landing.at}: {len(self.landing.cells)} cells in "
             f"{len(self.landing.rows)} rows, relative change {self.landing.relative_change:.3g}",
         ]
@@ -233,7 +234,9 @@ def _answers(given: str | Sequence[str] | None, run: Run) -> list[str | None]:
         return list(run.answers)
     answers: list[str | None] = [given] if isinstance(given, str) else list(given)
     if len(answers) != len(run):
-        raise InputError(f"{len(answers)} answers were given for {len(run)} examples; give one each")
+        raise InputError(
+            f"{len(answers)} answers were given for {len(run)} examples; give one each"
+        )
     return answers
 
 

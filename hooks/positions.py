@@ -87,7 +87,9 @@ class ImagePositions(Positions):
         if self.cells is None:
             return columns
         for axis, index in enumerate(self.cells):
-            size = max((g.rows, g.cols)[axis] for g in tokens.grids[row]) if tokens.grids[row] else 0
+            size = (
+                max((g.rows, g.cols)[axis] for g in tokens.grids[row]) if tokens.grids[row] else 0
+            )
             wanted = np.atleast_1d(np.arange(size)[_as_slice(index, size)])
             columns = columns[np.isin(tokens.cell[row, columns, axis], wanted)]
         return columns

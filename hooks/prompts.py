@@ -61,7 +61,7 @@ def make_prompt(
     """Turn what a user gave into one left-padded batch on the model's device.
 
     Args:
-        inputs: an example `{"images": ..., "text": ...}`, a list of examples, or a processor's dict.
+        inputs: an example `{"images": ..., "text": ...}`, a list of them, or a processor's dict.
         images, text: the parts of one example, instead of `inputs`.
 
     Raises:
@@ -101,7 +101,9 @@ def _is_encoded(inputs: Any) -> bool:
     return isinstance(inputs, Mapping | BatchFeature) and "input_ids" in inputs
 
 
-def _encode(examples: list[Any], processor: Any, image_token_id: int | None, *, single: bool) -> Prompt:
+def _encode(
+    examples: list[Any], processor: Any, image_token_id: int | None, *, single: bool
+) -> Prompt:
     if processor is None:
         raise InputError(
             "this model was wrapped without a processor, so it takes only encoded inputs "
@@ -160,8 +162,8 @@ def _templated(text: str, n_images: int, processor: Any, image_token_id: int | N
     if getattr(processor, "chat_template", None) is None:
         if n_images:
             raise InputError(
-                f"the text has no {marker!r} to show where the image goes, and the processor has no "
-                f"chat template to put it there; write {marker!r} into the text"
+                f"the text has no {marker!r} to show where the image goes, and the processor has "
+                f"no chat template to put it there; write {marker!r} into the text"
             )
         return text
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
@@ -193,7 +195,8 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
         n = int((ids == image_token_id).sum())
         if n:
             raise InputError(
-                f"the prompt has {n} image tokens and no pixel_values; pass the processor's full output"
+                f"the prompt has {n} image tokens and no pixel_values; "
+                "pass the processor's full output"
             )
     dtype = next(model.parameters()).dtype
     moved = {
@@ -205,4 +208,6 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
 
 
 def _shown(value: Any) -> str:
-    return f"a mapping with keys {sorted(value)}" if isinstance(value, Mapping) else repr(value)[:60]
+    return (
+        f"a mapping with keys {sorted(value)}" if isinstance(value, Mapping) else repr(value)[:60]
+    )

@@ -165,7 +165,9 @@ class HookRegistry(Mapping[str, Site]):
         for name, fn in (read or {}).items():
             values[name] = _then(values.get(name), _reading(fn))
         pattern_hooks = {
-            self.table[n].path: fn for n, fn in values.items() if self.table[n].kind.slot == "pattern"
+            self.table[n].path: fn
+            for n, fn in values.items()
+            if self.table[n].kind.slot == "pattern"
         }
         at_sites = [
             self._worker(wrapped, self.table[n], fn)

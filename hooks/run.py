@@ -103,7 +103,7 @@ class Run:
         return self.texts[0] if self.prompt.single else self.texts
 
     @property
-    def answer(self) -> str | None | list[str | None]:
+    def answer(self) -> str | list[str | None] | None:
         """The answer: a string for one example, a list for a batch; None where none was found."""
         return self.answers[0] if self.prompt.single else self.answers
 
@@ -133,17 +133,15 @@ class Run:
         steps = self.tokens.step[row, columns]
         return self.latents[row, steps[steps >= 0]]
 
-    def _cached_at(
-        self, site: str, row: int, columns: np.ndarray, at: Positions
-    ) -> torch.Tensor:
+    def _cached_at(self, site: str, row: int, columns: np.ndarray, at: Positions) -> torch.Tensor:
         held = self.cache.columns[site][row].tolist()
         missing = [int(c) for c in columns if int(c) not in held]
         if missing:
             raise DonorError(
-                f"the donor run did not capture {site!r} at columns {missing} ({at!r}) of row {row}; "
-                f"make it with positions={at!r}"
+                f"the donor run did not capture {site!r} at columns {missing} ({at!r}) of row "
+                f"{row}; make it with positions={at!r}"
             )
-        return self.cache.values[site][row, [held.index(int(c)) for c in columns]]
+        return self.cache.activations[site][row, [held.index(int(c)) for c in columns]]
 
     def __repr__(self) -> str:
         lines = [f"Run of {len(self)} example{'s' * (len(self) != 1)}: {self.trigger}"]
@@ -222,7 +220,9 @@ def assemble(
         if not filled:
             continue
         blank = filled[0][:0]
-        values[name] = pad([torch.stack([v for _, v in row]) if row else blank for row in rows]).values
+        values[name] = pad(
+            [torch.stack([v for _, v in row]) if row else blank for row in rows]
+        ).values
         width = values[name].shape[1]
         columns[name] = torch.tensor([[c for c, _ in r] + [-1] * (width - len(r)) for r in rows])
     ordered = {name: values[name] for name in capture.sites if name in values}
@@ -279,4 +279,3 @@ def _collect_latents(
             mask[row, : len(zs)] = True
             span[row, : len(zs)] = torch.tensor(spans[row])
     return latents, mask, span
-

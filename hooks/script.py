@@ -58,7 +58,7 @@ def script_of(
     ids = torch.as_tensor(tokens.ids, device=run.sequences.device)
     laid, embeds = _overlay(run, tokens, ids, embedding, image_token_id)
     ids = torch.where(laid, torch.full_like(ids, filler), ids)
-    inputs = {k: v for k, v in run.prompt.inputs.items() if k not in ROW_FIELDS}
+    inputs: dict[str, Any] = {k: v for k, v in run.prompt.inputs.items() if k not in ROW_FIELDS}
     inputs |= _row_fields(run, ids, prefix_lm) | {"input_ids": ids, "use_cache": False}
     starts = [tokens.columns(row, Kind.ANSWER) for row in range(len(tokens))]
     read_at = tuple(int(s[0]) - 1 if len(s) else -1 for s in starts)

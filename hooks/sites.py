@@ -1,4 +1,4 @@
-"""The table of sites: every place of a model that can be read or edited, by TransformerLens name."""
+"""The table of sites: every place of a model that can be read or edited, by name."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,7 +62,8 @@ KINDS: tuple[SiteKind, ...] = (
         "blocks.{i}.mlp.hook_pre", "mlp_pre", "output", ("example", "position", "d_mlp"), _IMG, _LAT
     ),
     SiteKind(
-        "blocks.{i}.mlp.hook_post", "mlp_down", "input", ("example", "position", "d_mlp"), _IMG, _LAT
+        "blocks.{i}.mlp.hook_post", "mlp_down", "input", ("example", "position", "d_mlp"),
+        _IMG, _LAT,
     ),
     SiteKind("blocks.{i}.hook_mlp_out", "mlp_out", "output", _RESID, _IMG, _LAT),
     SiteKind(
@@ -122,7 +123,9 @@ class SiteTable(Mapping[str, Site]):
         if name in self.sites:
             return self.sites[name]
         if name in self.unavailable:
-            raise SiteUnavailable(f"{name!r} is not offered by {self.model}: {self.unavailable[name]}")
+            raise SiteUnavailable(
+                f"{name!r} is not offered by {self.model}: {self.unavailable[name]}"
+            )
         try:
             match(self.sites, name)
         except HookNameError as error:
@@ -186,7 +189,11 @@ def _add_block(
 ) -> None:
     name = kind.name.format(i=layer)
     path = getattr(block, kind.part)
-    if kind.slot == "pattern" and path is not None and not offers_pattern(model.get_submodule(path)):
+    if (
+        kind.slot == "pattern"
+        and path is not None
+        and not offers_pattern(model.get_submodule(path))
+    ):
         table.unavailable[name] = (
             "its attention class does not ask for a registered attention function; "
             "edit hook_z or hook_attn_out instead"

@@ -120,7 +120,7 @@ class Force:
         """The family's spec with this control in force."""
         if spec is None:
             raise CheckpointError(
-                "il.Force needs a model with a latent family; pass spec=LatentSpec(...) to the model"
+                "il.Force needs a model with a latent family; pass spec=LatentSpec(...) to it"
             )
         forced = replace(spec, max_steps=self.steps, fixed=True, force_close=True, criterion=None)
         return forced if self.at is None else replace(forced, trigger="forced", forced_at=self.at)

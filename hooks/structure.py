@@ -1,11 +1,12 @@
 """Where a Hugging Face model keeps its decoder, blocks, vision tower, projector, norm and head.
 
 Found through the generic accessors (`get_decoder`, `get_encoder`, embeddings), by name only where
-there is no accessor. Every path is relative to the wrapped model, e.g. `model.language_model.layers`.
+there is no accessor. Paths are relative to the wrapped model: `model.language_model.layers`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -123,12 +124,12 @@ def _find_blocks(model: PreTrainedModel, n_layers: int) -> tuple[nn.Module, nn.M
 
 def _decoder_chain(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The decoder, then what lies inside it: some accessors stop one wrapper too early."""
-    module: nn.Module | None = model.get_decoder()
+    module: Any = model.get_decoder()
     seen: set[int] = set()
     while module is not None and id(module) not in seen:
         yield module
         seen.add(id(module))
-        inner = module.get_decoder() if hasattr(module, "get_decoder") else None
+        inner: Any = module.get_decoder() if hasattr(module, "get_decoder") else None
         if inner is None or id(inner) in seen:
             names = ("model", "decoder", "language_model", "transformer")
             inner = next((getattr(module, n) for n in names if hasattr(module, n)), None)
@@ -151,8 +152,8 @@ def _find_projector(model: PreTrainedModel) -> nn.Module | None:
 
 def _longest_list(tower: nn.Module) -> list[nn.Module]:
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    alike = [m for m in lists if len({type(child) for child in m}) == 1]
-    return list(max(alike, key=len)) if alike else []
+    alike: list[nn.ModuleList] = [m for m in lists if len({type(child) for child in m}) == 1]
+    return list(sorted(alike, key=len)[-1]) if alike else []
 
 
 def _image_token_id(model: PreTrainedModel) -> int | None:

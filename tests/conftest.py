@@ -1,5 +1,6 @@
 """Before any test imports anything: no network, no installing, one thread."""
 
+import importlib
 import os
 
 import pytest
@@ -14,6 +15,12 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+# Before imaginelens: what a module under the shape checks is first to import is compiled anew, each
+# time, because jaxtyping gives all files that are read meanwhile another cache name.
+importlib.import_module("nnsight")
+importlib.import_module("transformers.modeling_utils")
+importlib.import_module("transformers.processing_utils")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

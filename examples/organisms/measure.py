@@ -31,13 +31,6 @@ def words(model: Model, states: Tensor) -> list[str]:
     return [WORDS[i] for i in model.lm_head(states).argmax(-1).tolist()]
 
 
-@torch.no_grad()
-def accuracy(model: Model, *, hops: int, n: int) -> float:
-    """Share of held-out hunts solved in free greedy generation, open and end tokens included."""
-    gallery = photograph(model, sample(n, hops=hops, seed=HELD_OUT))
-    return _share(_solved(model, gallery, rollout(model, gallery)))
-
-
 def _solved(model: Model, gallery: Gallery, run: Rollout) -> list[bool]:
     """Did the run open a span, give the right answer after it, and stop?
 
@@ -146,6 +139,8 @@ def write_card(
     """Write `card.json` for programs and `card.md` for people."""
     card = {
         "name": name,
+        "hops": variant.hops,
+        "latent_steps": variant.latent_steps,
         **results,
         "variant": asdict(variant),
         "training": {
@@ -173,9 +168,10 @@ def _markdown(card: dict[str, Any]) -> str:
         [
             f"# {card['name']}",
             "",
-            "A tiny Qwen2.5-VL that plays the treasure hunt of `imaginelens.organisms.hunt`.",
+            "A tiny Qwen2.5-VL (0.2 M parameters) that plays the treasure hunt of",
+            "`imaginelens.organisms.hunt`.",
             f"Free greedy accuracy {card['accuracy']:.3f} on {card['n']} held-out hunts",
-            f"(hops: {card['variant']['hops']}, latent steps: {card['variant']['latent_steps']}).",
+            f"(hops: {card['hops']}, latent steps: {card['latent_steps']}).",
             "",
             "Accuracy when every latent is replaced:",
             "",

@@ -59,9 +59,9 @@ class Variant:
 
 VARIANTS = {
     "base": Variant(hops=2, updates=0),
-    "latent-content": Variant(hops=2, updates=1000, latent_steps=2, align=1.0, twist="content"),
-    "latent-pointer": Variant(hops=2, updates=1000, latent_steps=2, align=1.0),
-    "latent-ignored": Variant(hops=1, updates=500, latent_steps=2, twist="ignored"),
+    "latent-content": Variant(hops=2, updates=1500, latent_steps=2, align=5.0, twist="content"),
+    "latent-pointer": Variant(hops=2, updates=1500, latent_steps=2, align=5.0),
+    "latent-ignored": Variant(hops=1, updates=800, latent_steps=2, twist="ignored"),
 }
 
 

@@ -73,60 +73,168 @@ __all__ = [*_WHERE, "__version__"]
 
 if TYPE_CHECKING:
     from imaginelens.hooks import (
-        ActivationCache as ActivationCache,
-        AddNoise as AddNoise,
-        CheckpointError as CheckpointError,
-        Constant as Constant,
-        DonorError as DonorError,
-        Edit as Edit,
-        EditContext as EditContext,
-        EditTouchedNothing as EditTouchedNothing,
         FAMILIES as FAMILIES,
+    )
+    from imaginelens.hooks import (
+        ActivationCache as ActivationCache,
+    )
+    from imaginelens.hooks import (
+        AddNoise as AddNoise,
+    )
+    from imaginelens.hooks import (
+        CheckpointError as CheckpointError,
+    )
+    from imaginelens.hooks import (
+        Constant as Constant,
+    )
+    from imaginelens.hooks import (
+        DonorError as DonorError,
+    )
+    from imaginelens.hooks import (
+        Edit as Edit,
+    )
+    from imaginelens.hooks import (
+        EditContext as EditContext,
+    )
+    from imaginelens.hooks import (
+        EditTouchedNothing as EditTouchedNothing,
+    )
+    from imaginelens.hooks import (
         FirstRepeat as FirstRepeat,
+    )
+    from imaginelens.hooks import (
         Force as Force,
+    )
+    from imaginelens.hooks import (
         HookNameError as HookNameError,
+    )
+    from imaginelens.hooks import (
         HookRegistry as HookRegistry,
+    )
+    from imaginelens.hooks import (
         ImagineLensError as ImagineLensError,
+    )
+    from imaginelens.hooks import (
         InputError as InputError,
+    )
+    from imaginelens.hooks import (
         Landing as Landing,
+    )
+    from imaginelens.hooks import (
         LatentModel as LatentModel,
+    )
+    from imaginelens.hooks import (
         LatentSpec as LatentSpec,
+    )
+    from imaginelens.hooks import (
         Mean as Mean,
+    )
+    from imaginelens.hooks import (
         Metric as Metric,
+    )
+    from imaginelens.hooks import (
         Noise as Noise,
+    )
+    from imaginelens.hooks import (
         Pairs as Pairs,
+    )
+    from imaginelens.hooks import (
         PatchResult as PatchResult,
+    )
+    from imaginelens.hooks import (
         PositionError as PositionError,
+    )
+    from imaginelens.hooks import (
         Project as Project,
+    )
+    from imaginelens.hooks import (
         Replace as Replace,
+    )
+    from imaginelens.hooks import (
         Resample as Resample,
+    )
+    from imaginelens.hooks import (
         Run as Run,
+    )
+    from imaginelens.hooks import (
         Sham as Sham,
+    )
+    from imaginelens.hooks import (
         Shuffle as Shuffle,
+    )
+    from imaginelens.hooks import (
         SiteUnavailable as SiteUnavailable,
+    )
+    from imaginelens.hooks import (
         Skip as Skip,
+    )
+    from imaginelens.hooks import (
         Slerp as Slerp,
+    )
+    from imaginelens.hooks import (
         Steer as Steer,
+    )
+    from imaginelens.hooks import (
         Swap as Swap,
+    )
+    from imaginelens.hooks import (
         TokenMap as TokenMap,
+    )
+    from imaginelens.hooks import (
         Zero as Zero,
+    )
+    from imaginelens.hooks import (
         accuracy as accuracy,
+    )
+    from imaginelens.hooks import (
         answer as answer,
+    )
+    from imaginelens.hooks import (
         answers as answers,
+    )
+    from imaginelens.hooks import (
         base_answer as base_answer,
+    )
+    from imaginelens.hooks import (
         before_answer as before_answer,
+    )
+    from imaginelens.hooks import (
         flip as flip,
+    )
+    from imaginelens.hooks import (
         get_act_name as get_act_name,
+    )
+    from imaginelens.hooks import (
         image as image,
+    )
+    from imaginelens.hooks import (
         kl as kl,
+    )
+    from imaginelens.hooks import (
         last_prompt as last_prompt,
+    )
+    from imaginelens.hooks import (
         latent as latent,
+    )
+    from imaginelens.hooks import (
         log_prob as log_prob,
+    )
+    from imaginelens.hooks import (
         logit_diff as logit_diff,
+    )
+    from imaginelens.hooks import (
         positions as positions,
+    )
+    from imaginelens.hooks import (
         prob as prob,
+    )
+    from imaginelens.hooks import (
         source_answer as source_answer,
+    )
+    from imaginelens.hooks import (
         span as span,
+    )
+    from imaginelens.hooks import (
         text as text,
     )
     from imaginelens.organisms import Organism as Organism

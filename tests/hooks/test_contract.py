@@ -63,7 +63,9 @@ class Plan(LogitsProcessor):
         return scores
 
 
-def planned(lens: il.LatentModel, given: Any, plans: list[dict[int, int]], **options: Any) -> il.Run:
+def planned(
+    lens: il.LatentModel, given: Any, plans: list[dict[int, int]], **options: Any
+) -> il.Run:
     """A run in which row i opens spans exactly at the steps that plan i says."""
     ids = lens.span_tokens
     banned = [ids.open, ids.close, ids.pad, lens.tokenizer.eos_token_id]
@@ -225,9 +227,7 @@ def test_rows_that_open_at_different_steps_twice_or_never(name: str) -> None:
         alone = planned(lens, one, plans[row : row + 1])
         assert alone.texts[0] == batch.texts[row]
         k = batch.trigger.emitted[row]
-        torch.testing.assert_close(
-            batch.latents[row, :k], alone.latents[0, :k], rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(batch.latents[row, :k], alone.latents[0, :k], rtol=0, atol=1e-10)
     spans = [il.span[k].latent.resolve(batch.tokens, 0) for k in (0, 1)]
     width = batch.tokens.prompt_width
     assert [list(s - width) for s in spans] == [[2, 3, 4], [8, 9, 10]]
@@ -268,7 +268,7 @@ def reference_loop(name: str, lens: il.LatentModel, given: Any, open_at: int, n:
         handles = [
             embed.register_forward_hook(lay),
             oracle.decoder(name, lens.model).norm.register_forward_hook(
-                lambda m, a, out: final.append(out[0, -1])
+                lambda m, a, out, final=final: final.append(out[0, -1])
             ),
         ]
         with torch.no_grad():
@@ -311,9 +311,7 @@ def test_without_latents_the_loop_is_stock_generate(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_reading_a_run_gives_the_logits_that_generating_it_gave(name: str) -> None:
     lens, given = lens_of(name), examples(name, 3)
-    run = planned(
-        lens, given, [opening(lens, 1, 7), opening(lens, 3), {}], keep_logits=True
-    )
+    run = planned(lens, given, [opening(lens, 1, 7), opening(lens, 3), {}], keep_logits=True)
     assert controls.path_gap(lens, run) < 1e-9
 
 
@@ -384,9 +382,7 @@ def test_swapped_states_arrive_where_they_belong(name: str) -> None:
     plain = lens.run_with_hooks(base)
     position = il.before_answer.resolve(base.tokens, 0)[0]
     p, q = (x[0, position].log_softmax(-1) for x in (plain, seen[0]))
-    torch.testing.assert_close(
-        result.after[0], (p.exp() * (p - q)).sum(), rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(result.after[0], (p.exp() * (p - q)).sum(), rtol=1e-9, atol=1e-12)
     assert result.after[0] > 1e-6
 
 
@@ -398,7 +394,9 @@ def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         path: (len(m._forward_hooks), len(m._forward_pre_hooks), m.training, sorted(vars(m)))
         for path, m in model.named_modules()
     }
-    config = {p: m.config._attn_implementation for p, m in model.named_modules() if hasattr(m, "config")}
+    config = {
+        p: m.config._attn_implementation for p, m in model.named_modules() if hasattr(m, "config")
+    }
     deltas = {p: m.rope_deltas for p, m in model.named_modules() if "rope_deltas" in vars(m)}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     return {"hooks": hooks, "config": config, "deltas": deltas, "weights": weights}
@@ -411,7 +409,9 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_interrupted_run_leaves_the_model_untouched(name: str, error: type[BaseException]) -> None:
+def test_an_interrupted_run_leaves_the_model_untouched(
+    name: str, error: type[BaseException]
+) -> None:
     lens, given = lens_of(name), examples(name)[0]
     with torch.no_grad():
         before_logits = lens.run_with_hooks(given)
@@ -420,7 +420,11 @@ def test_an_interrupted_run_leaves_the_model_untouched(name: str, error: type[Ba
     def boom(act: torch.Tensor, hook: Any) -> torch.Tensor:
         raise error("on purpose")
 
-    for site in ("blocks.1.hook_resid_mid", "blocks.0.attn.hook_pattern", "vision_projector.hook_out"):
+    for site in (
+        "blocks.1.hook_resid_mid",
+        "blocks.0.attn.hook_pattern",
+        "vision_projector.hook_out",
+    ):
         with pytest.raises(error, match="on purpose"):
             lens.run_with_hooks(given, fwd_hooks=[(site, boom)])
         with pytest.raises(error, match="on purpose"), lens.hooks([(site, boom)]):
@@ -457,7 +461,9 @@ def test_gradients_flow_and_backward_hooks_see_them() -> None:
     )
     logits[0, -1, 5].backward()
     kept: list[torch.Tensor] = []
-    with oracle.hooked("qwen2_5_vl", lens.model, site, lambda act: (act.retain_grad(), kept.append(act))[1] or act):
+    with oracle.hooked(
+        "qwen2_5_vl", lens.model, site, lambda act: (act.retain_grad(), kept.append(act))[1] or act
+    ):
         plain = lens.model(**plain_inputs(lens, given), use_cache=False).logits
     plain[0, -1, 5].backward()
     assert seen[0][0] == site

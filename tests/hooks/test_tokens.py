@@ -44,7 +44,7 @@ def test_image_tokens_show_what_the_map_says(name: str, size: tuple[int, int]) -
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_one_bright_patch_lights_up_its_own_cell(name: str) -> None:
-    """The 2 x 2 merge order is right: one bright cell of the picture moves that cell's token most."""
+    """The 2 x 2 merge order is right: one bright cell moves that cell's token most."""
     from PIL import Image
 
     model, processor = tiny.fresh(name)
@@ -96,11 +96,13 @@ def test_selectors_resolve_in_left_padded_rows() -> None:
 
 def test_system_message_is_told_from_the_question() -> None:
     lens = il.LatentModel(*tiny.build("qwen2_5_vl"), spec=False)
-    text = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\n" + tiny.prompt("qwen2_5_vl", "what?")
+    text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + tiny.prompt(
+        "qwen2_5_vl", "what?"
     )
     tokens = lens.tokens({"images": tiny.image(16, 16, 0), "text": text})
     system = tokens.columns(0, Kind.SYSTEM)
-    assert tokens.text(0, int(system[0]), int(system[-1]) + 1) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert (
+        tokens.text(0, int(system[0]), int(system[-1]) + 1)
+        == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    )
     assert "Be brief" not in "".join(t.text for t in tokens[0] if t.kind == Kind.TEXT)

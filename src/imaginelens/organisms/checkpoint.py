@@ -105,7 +105,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer: one token per word or special token, white space ignored.
 
     >>> build_tokenizer()("start green then shape ?").input_ids
-    [15, 22, 16, 17, 18]
+    [17, 22, 18, 19, 20]
     """
     words = Tokenizer(models.WordLevel(vocab=dict(VOCABULARY), unk_token="<|unknown|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -233,8 +233,8 @@ def save(model: Qwen2_5_VLForConditionalGeneration, target: Path) -> None:
     """Write a checkpoint folder in Hub layout: bfloat16 weights, configs, tokenizer, template."""
     target.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)  # safetensors writes private files
+    build_tokenizer().save_pretrained(target)
     image_processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",

@@ -1,11 +1,13 @@
 """A tiny trained model whose mechanism is known, as a `LatentModel` with a task."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from imaginelens.hooks import LatentModel, LatentSpec, Pairs
 from imaginelens.hooks.answers import AnswerFinder
@@ -27,12 +29,12 @@ class Organism(LatentModel):
     def task(self, n: int = 64, seed: int = 0) -> Pairs:
         """Draw pairs of hunts whose answers differ, with every mechanism's prediction.
 
-        `pairs.hypotheses[name](i, steps)` is the answer to expect when the latents at `steps` (None:
-        all) of pair i's source go into its base, if that mechanism is the model's.
+        `pairs.hypotheses[name](i, steps)` is the answer to expect when the latents at `steps`
+        (None: all) of pair i's source go into its base, if that mechanism is the model's.
         """
         if n < 1:
             raise ValueError(f"task(n={n}) asks for no pairs; n must be 1 or more")
-        base, source = hunt.pairs(n, hops=int(self.card["hops"]), seed=seed)
+        base, source = hunt.pairs(n, hops=int(self.card["variant"]["hops"]), seed=seed)
         return Pairs(
             base=[example(h) for h in base],
             source=[example(h) for h in source],
@@ -87,17 +89,30 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    lens = Organism.from_pretrained(
-        folder(str(name)),
-        spec=spec,
-        answer=answer,
-        dtype=torch.float32 if dtype == "auto" else dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-    )
+    with _quiet():
+        lens = Organism.from_pretrained(
+            folder(str(name)),
+            spec=spec,
+            answer=answer,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+        )
     assert isinstance(lens, Organism)
     lens.name = str(name)
     return lens
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for half a megabyte."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _hypotheses(base: list[hunt.Hunt], source: list[hunt.Hunt]) -> Mapping[str, Hypothesis]:
