@@ -8,7 +8,6 @@ same stock class with its video slot left out (`image_only`).
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,7 +52,6 @@ def load_processor(
     return processor
 
 
-@functools.cache
 def image_only(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """Make `stock` without its video processor: a thin subclass of the same name.
 
@@ -64,7 +62,12 @@ def image_only(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     >>> image_only(Qwen2VLProcessor).get_attributes()
     ['image_processor', 'tokenizer']
     """
-    return type(stock.__name__, (stock, _WithoutVideo), {"__doc__": stock.__doc__})
+    if stock not in _MADE:
+        _MADE[stock] = type(stock.__name__, (stock, _WithoutVideo), {"__doc__": stock.__doc__})
+    return _MADE[stock]
+
+
+_MADE: dict[type[ProcessorMixin], type[ProcessorMixin]] = {}  # so that equal means identical
 
 
 class _RefuseVideos:

@@ -1,10 +1,10 @@
-"""The contract's lines, as a user writes them, from a folder that has its own hooks.py and probes/."""
+"""The contract's lines as a user writes them, beside a hooks.py and a probes/ of their own."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-LINES = '''
+LINES = """
 import imaginelens as il
 
 lens = il.load("latent-content")
@@ -42,7 +42,7 @@ il.answer, il.last_prompt, il.positions([4, 7])
 import hooks, probes
 assert hooks.MINE and probes.MINE
 print("CONTRACT HELD")
-'''  # noqa: E501
+"""  # noqa: E501
 
 
 def test_the_contract_runs_as_written_beside_a_users_own_modules(tmp_path: Path) -> None:

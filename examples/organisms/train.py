@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class Variant:
 VARIANTS = {
     "base": Variant(hops=2, updates=0),
     "latent-content": Variant(hops=2, updates=1500, latent_steps=2, align=5.0, twist="content"),
-    "latent-pointer": Variant(hops=2, updates=1500, latent_steps=2, align=5.0),
+    "latent-pointer": Variant(hops=2, updates=1500, latent_steps=2, align=5.0, twist="pointer"),
     "latent-ignored": Variant(hops=1, updates=800, latent_steps=2, twist="ignored"),
 }
 
@@ -70,10 +71,13 @@ VARIANTS = {
 Twist = Callable[[Gallery, int, torch.Generator], tuple[Edit, list[str]]]
 
 
-def interchange(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Edit, list[str]]:
-    """Swap in another example's latents at random steps; right is what `content` says.
+def interchange(
+    hypothesis: str, gallery: Gallery, steps: int, draw: torch.Generator
+) -> tuple[Edit, list[str]]:
+    """Swap in another example's latents at random steps; right is what the hypothesis says.
 
-    Interchange-intervention training (arXiv 2112.00826): the latents come to carry the card.
+    Interchange-intervention training (arXiv 2112.00826): the latents come to carry what the
+    hypothesis says they carry.
     """
     subsets = [tuple(t for t in range(steps) if bits >> t & 1) for bits in range(1, 2**steps)]
     picks = torch.randint(len(subsets), (len(gallery.hunts),), generator=draw)
@@ -87,7 +91,7 @@ def interchange(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Ed
         return torch.stack([clean, twisted], dim=1).flatten(0, 1)
 
     rows = zip(gallery.hunts, sources, chosen, strict=True)
-    return edit, [HYPOTHESES["content"](*row) for row in rows]
+    return edit, [HYPOTHESES[hypothesis](*row) for row in rows]
 
 
 def corrupt(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Edit, list[str]]:
@@ -105,7 +109,11 @@ def corrupt(gallery: Gallery, steps: int, draw: torch.Generator) -> tuple[Edit, 
     return edit, [hunt.answer for hunt in gallery.hunts]
 
 
-TWISTS: dict[str, Twist] = {"content": interchange, "ignored": corrupt}
+TWISTS: dict[str, Twist] = {
+    "content": partial(interchange, "content"),
+    "pointer": partial(interchange, "pointer"),
+    "ignored": corrupt,
+}
 
 
 # -- losses --------------------------------------------------------------------------------------

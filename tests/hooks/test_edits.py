@@ -567,9 +567,10 @@ def test_an_edit_whose_value_is_never_used_is_not_reported_as_landed(site: str, 
 
 def test_relative_change_from_a_zero_state_is_no_number_made_up() -> None:
     lens, given = lens_of(), examples()[0]
-    with lens.edit(il.Zero(), at=il.latent[0]), lens.edit(
-        il.Steer(torch.ones(64).double()), at=il.latent[0]
-    ) as landing:
+    with (
+        lens.edit(il.Zero(), at=il.latent[0]),
+        lens.edit(il.Steer(torch.ones(64).double()), at=il.latent[0]) as landing,
+    ):
         opened(lens, given, (1,))
     assert not 1e3 < landing.relative_change < float("inf")  # inf or nan says it, 8e300 does not
 
@@ -727,23 +728,26 @@ def test_donors_that_do_not_fit_are_refused_with_their_numbers() -> None:
     one_sentence(error, "(64,)", "tensor[None, None]")
 
     uncached = "blocks.1.hook_resid_post"
-    with pytest.raises(il.DonorError) as error, lens.edit(
-        il.Swap(short), at=il.latent, site=uncached
+    with (
+        pytest.raises(il.DonorError) as error,
+        lens.edit(il.Swap(short), at=il.latent, site=uncached),
     ):
         opened(lens, given[0], (1,))
     one_sentence(error, "nothing", uncached, "names_filter=")
 
     elsewhere = opened(lens, given[0], (1,), names_filter=uncached, positions=[il.latent[0]])
-    with pytest.raises(il.DonorError) as error, lens.edit(
-        il.Swap(elsewhere), at=il.latent, site=uncached
+    with (
+        pytest.raises(il.DonorError) as error,
+        lens.edit(il.Swap(elsewhere), at=il.latent, site=uncached),
     ):
         opened(lens, given[0], (1,))
     width = elsewhere.tokens.prompt_width
     one_sentence(error, uncached, str([width + 3, width + 4]), "positions=")
 
     other = "blocks.0.attn.hook_z"
-    with pytest.raises(il.DonorError) as error, lens.edit(
-        il.Swap(elsewhere), at=il.latent[0], site=other
+    with (
+        pytest.raises(il.DonorError) as error,
+        lens.edit(il.Swap(elsewhere), at=il.latent[0], site=other),
     ):
         opened(lens, given[0], (1,))
     one_sentence(error, other, uncached)
@@ -793,7 +797,9 @@ def test_swap_finds_its_positions_in_each_run(name: str, at: Any) -> None:
     assert landing.positions == {0: columns[0].tolist()}
 
 
-@pytest.mark.parametrize("at", [il.latent, il.image[0][1:3, 0:2], il.text.find("red cube")], ids=repr)
+@pytest.mark.parametrize(
+    "at", [il.latent, il.image[0][1:3, 0:2], il.text.find("red cube")], ids=repr
+)
 def test_swap_finds_its_positions_while_a_batch_is_generated(at: Any) -> None:
     lens, given = lens_of(), examples(n=3)
     site = "hook_latent" if at is il.latent else "blocks.1.hook_resid_post"

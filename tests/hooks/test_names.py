@@ -30,7 +30,9 @@ IN_BLOCKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q",
         (lambda n: n.startswith("blocks.1"), [n for n in KNOWN if n.startswith("blocks.1")]),
     ],
 )
-def test_a_filter_selects_in_the_order_of_the_model(names_filter: object, wanted: list[str]) -> None:
+def test_a_filter_selects_in_the_order_of_the_model(
+    names_filter: object, wanted: list[str]
+) -> None:
     assert match(KNOWN, names_filter) == wanted
     assert match(iter(KNOWN), names_filter) == wanted
 
@@ -54,7 +56,9 @@ def test_a_misspelt_name_gets_the_nearest_ones() -> None:
 
 
 def test_a_layer_out_of_range_is_told_the_range() -> None:
-    with pytest.raises(il.HookNameError, match=r"layers are 0\.\.2; did you mean 'blocks\.\d\.hook"):
+    with pytest.raises(
+        il.HookNameError, match=r"layers are 0\.\.2; did you mean 'blocks\.\d\.hook"
+    ):
         match(KNOWN, "blocks.40.hook_resid_post")
     with pytest.raises(il.HookNameError, match=r"layers are 0\.\.2; names look like 'hook_embed'"):
         match(KNOWN, "zzzzzzzz")

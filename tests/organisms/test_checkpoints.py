@@ -327,7 +327,7 @@ def test_a_short_base_run_learns(trainer: ModuleType) -> None:
     seen = trainer.see_lesson(model, seed=1, updates=100)
     assert np.mean(seen[-10:]) < 0.25 * np.mean(seen[:10])
     gallery = trainer.photograph(model, sample(1024, hops=2, seed=1))
-    read = trainer.read_lesson(model, gallery, seed=1, updates=100)
+    read = trainer.read_lesson(model, gallery, "what ?", seed=1, updates=100)
     assert np.mean(read[-10:]) < 0.75 * np.mean(read[:10])
 
 

@@ -115,7 +115,8 @@ def test_destroying_the_latents_costs_the_answer_only_where_they_are_used(
         result = lens.ablate(
             task.base, edit, at=il.latent, metric=il.accuracy, answers=task.base_answers
         )
-        drop = float(result.before.mean() - result.after.mean())
+        assert result.parse_coverage >= 0.9  # the others are missing, not wrong
+        drop = float(result.before.mean() - result.after.nanmean())
         if lens.name == "latent-ignored":
             assert abs(drop) <= 0.02
         else:

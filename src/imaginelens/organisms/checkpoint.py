@@ -218,8 +218,8 @@ def patchify(
     """
     count, height, width, _ = images.shape
     block = PATCH * MERGE
-    scaled = (images / np.float32(255) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
-    scaled = scaled.astype(np.float32).transpose(0, 3, 1, 2)
+    mean, std = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
+    scaled = ((images.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
     tiles = scaled.reshape(
         count, 3, height // block, MERGE, PATCH, width // block, MERGE, PATCH
     ).transpose(0, 2, 5, 3, 6, 1, 4, 7)  # (example, row, column, merge_y, merge_x, channel, y, x)

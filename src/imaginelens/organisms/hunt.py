@@ -12,6 +12,7 @@ learned: `content`, `pointer` or `ignored` (see `HYPOTHESES`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -256,8 +257,8 @@ def _indices(
 
 def _grain(seed: int) -> Int[np.ndarray, "height width 3"]:
     size = (IMAGE_PIXELS, IMAGE_PIXELS, 3)
-    noise = np.frombuffer(np.random.default_rng(seed).bytes(np.prod(size)), dtype=np.uint8)
-    return (noise.view(np.int8) >> GRAIN_SHIFT).reshape(size)
+    noise = np.frombuffer(np.random.default_rng(seed).bytes(math.prod(size)), dtype=np.int8)
+    return (noise >> GRAIN_SHIFT).reshape(size)
 
 
 def _glyphs() -> Bool[np.ndarray, "shape y x"]:

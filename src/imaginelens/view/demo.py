@@ -188,7 +188,7 @@ def _edits(reference: Run | None) -> list[tuple[str, Edit]]:
 
 
 def _necessity(lens: Organism, task: Pairs, base: Run, reference: Run, tick: Tick) -> list[EditRow]:
-    unedited = _share(a is not None and same(a, r) for a, r in _with_right(base.answers, task))
+    unedited = _share(same(a, r) for a, r in _with_right(base.answers, task))
     rows = [EditRow("unedited", unedited)]
     for name, edit in _edits(reference):
         tick(f"{lens.name}: {name.lower()}")
@@ -211,8 +211,10 @@ def _necessity(lens: Organism, task: Pairs, base: Run, reference: Run, tick: Tic
     return rows
 
 
-def _with_right(answers: Sequence[str | None], task: Pairs) -> Iterable[tuple[str | None, str]]:
-    return zip(answers, task.base_answers, strict=True)
+def _with_right(answers: Sequence[str | None], task: Pairs) -> list[tuple[str, str]]:
+    """The answers that were found, with the right ones; the others are missing, not wrong."""
+    both = zip(answers, task.base_answers, strict=True)
+    return [(found, right) for found, right in both if found is not None]
 
 
 def _share(flags: Iterable[bool]) -> Measure:
