@@ -7,18 +7,8 @@ from typing import Any
 from imaginelens.hooks.errors import InputError
 
 Example = Mapping[str, Any]
-Hypothesis = Callable[[int, tuple[int, ...] | None], str]
-
-
-@dataclass(frozen=True)
-class _Renumbered:
-    """A hypothesis that answers for some of the pairs."""
-
-    hypothesis: Hypothesis
-    numbers: Sequence[int]
-
-    def __call__(self, pair: int, steps: tuple[int, ...] | None) -> str:
-        return self.hypothesis(self.numbers[pair], steps)
+Steps = tuple[int, ...] | None
+Hypothesis = Callable[[Example, Example, Steps], str]
 
 
 @dataclass(frozen=True)
@@ -29,7 +19,8 @@ class Pairs:
         base, source: examples, `{"images": ..., "text": ...}` each.
         base_answers, source_answers: the right answer to each; the two of a pair differ.
         groups: which pairs belong together (the same image, say); None if each is on its own.
-        hypotheses: on organisms, what each mechanism predicts: name -> (pair, steps) -> answer.
+        hypotheses: what each mechanism predicts when the latents at some steps (None: all) of the
+            source go into the base: name -> (base, source, steps) -> answer.
 
     >>> pairs = Pairs(base=[{"text": "a"}], source=[{"text": "b"}], base_answers=["1"],
     ...               source_answers=["2"])
@@ -79,5 +70,5 @@ class Pairs:
             [self.base_answers[i] for i in start],
             [self.source_answers[i] for i in start],
             None if self.groups is None else [self.groups[i] for i in start],
-            {name: _Renumbered(h, start) for name, h in self.hypotheses.items()},
+            self.hypotheses,
         )

@@ -66,6 +66,7 @@ _HOME = {
         "span",
         "text",
     ),
+    "imaginelens.mediation": ("Interchange", "interchange"),
     "imaginelens.organisms": ("Organism", "load", "organisms"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
@@ -237,6 +238,8 @@ if TYPE_CHECKING:
     from imaginelens.hooks import (
         text as text,
     )
+    from imaginelens.mediation import Interchange as Interchange
+    from imaginelens.mediation import interchange as interchange
     from imaginelens.organisms import Organism as Organism
     from imaginelens.organisms import load as load
     from imaginelens.organisms import organisms as organisms

@@ -263,7 +263,7 @@ def test_a_run_without_latents_has_nothing_at_them() -> None:
     assert run.latents.shape == (1, 0, 64)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])  # d_head 16 and 24
 @pytest.mark.parametrize(
     "site",
     ["*.hook_resid_post", "*.hook_q", "*.hook_k", "*.hook_v", "*.hook_z", "*.mlp.*",

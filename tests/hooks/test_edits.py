@@ -209,7 +209,7 @@ def test_mean_and_constant_count_only_the_steps_there_are() -> None:
     found = apply(il.Constant(), given=states)
     torch.testing.assert_close(found, grand.expand_as(found), rtol=0, atol=1e-12)
     short = States(REFERENCE[:, :2], torch.ones(ROWS, 2, dtype=torch.bool))
-    with pytest.raises(il.DonorError, match="no state number 2 .*have 2; use a reference"):
+    with pytest.raises(il.DonorError, match=r"no state number 2 .*have 2; use a reference"):
         apply(il.Mean(), given=short)
 
 
@@ -279,9 +279,7 @@ def test_resample_skips_examples_that_stopped_earlier() -> None:
 def test_resample_refuses_where_only_the_rows_own_example_could_be_picked(given: States) -> None:
     act = ACT[:STEPS]  # row 0
     with pytest.raises(il.DonorError, match="example"):
-        new = il.Resample().apply(act, context(act, given))
-        own = [k for k in range(STEPS) if torch.equal(new[k], REFERENCE[0, k])]
-        pytest.fail(f"row 0 got its own states back at steps {own}")
+        il.Resample().apply(act, context(act, given))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
@@ -397,6 +395,11 @@ def test_slerp_in_low_precision_is_slerp_rounded() -> None:
     found = apply(il.Slerp(b, 0.5), a)
     wanted = apply(il.Slerp(b.double(), 0.5), a.double())
     torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=2**-7)
+
+
+def test_slerp_from_a_zero_state_is_finite_in_half_precision() -> None:
+    new = apply(il.Slerp(REFERENCE, 0.5), torch.zeros_like(ACT).half())
+    assert torch.isfinite(new).all()
 
 
 def test_values_of_another_width_are_refused_by_number() -> None:
@@ -537,7 +540,7 @@ def test_an_unchanged_output_is_a_result_and_a_sham_may_change_nothing() -> None
         opened(lens, given, (1,))
     assert landing.relative_change == 0.0
     assert landing.flags == {}
-    with pytest.raises(il.EditTouchedNothing, match="Sham at latent .* touched no position"):
+    with pytest.raises(il.EditTouchedNothing, match=r"Sham at latent .* touched no position"):
         with lens.edit(il.Sham(), at=il.latent):  # but it has to fire
             opened(lens, given, (None,))
 
@@ -824,6 +827,27 @@ def test_image_cells_count_within_their_own_image() -> None:
         il.image[1][3].resolve(tokens, 0)
 
 
+def test_a_slice_of_images_is_those_images_or_refused() -> None:
+    lens = lens_of()
+    tokens = lens.tokens(examples()[0])
+    try:
+        found = il.image[0:1].resolve(tokens, 0)
+    except il.PositionError:
+        return
+    assert found.tolist() == il.image[0].resolve(tokens, 0).tolist()
+
+
+@pytest.mark.parametrize(
+    "selector",
+    ["latent[::2]", "latent[1:]", "span[1].latent[0]", "image[0][2]", "image[0][1:3, 0:2]",
+     "image[:, -1]", "text.find('a')", "positions([4, 7])"],
+)  # fmt: skip
+def test_a_selector_shows_how_it_is_written(selector: str) -> None:
+    """Landings and errors quote it: typed again, it is the same selector."""
+    at = eval(f"il.{selector}")
+    assert eval(f"il.{at!r}") == at
+
+
 def test_patching_the_projector_moves_the_cells_themselves() -> None:
     """vision_projector.hook_out is the site for image cells: same as the residual that enters."""
     lens, (one, two) = lens_of(), examples(n=2)
@@ -834,3 +858,43 @@ def test_patching_the_projector_moves_the_cells_themselves() -> None:
     found = lens.patch(site="vision_projector.hook_out", **how)
     torch.testing.assert_close(found.after, wanted.after, rtol=0, atol=1e-12)
     assert wanted.after[0] > 1e-9
+
+
+# ---- edits while other edits are active -------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["hook_latent", "blocks.1.hook_resid_post"])
+def test_the_answer_of_an_edited_run_is_read_as_it_was_generated(site: str) -> None:
+    """Free context: the logits a metric sees are those that wrote the edited text."""
+    lens, given = lens_of(), examples()[0]
+    base = opened(lens, given, (1,), keep_logits=True)
+    edit = il.Steer(torch.linspace(-1, 1, 64, dtype=torch.float64), 2.0)
+    result = lens.ablate(base, edit, site=site, metric=il.kl)
+    step = [
+        int(il.before_answer.resolve(run.tokens, 0)[0]) - run.tokens.prompt_width + 1
+        for run in (base, result.run)
+    ]
+    p, q = (
+        run.logits[0, k].log_softmax(-1) for run, k in zip((base, result.run), step, strict=True)
+    )
+    assert float(result.after[0]) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-9)
+    assert result.after[0] > 1e-6
+
+
+def test_an_edit_around_a_run_is_not_applied_twice_when_the_run_is_read() -> None:
+    """A run's latents already are what an active edit made of them."""
+    lens, given = lens_of(), examples()[0]
+    edit = il.Steer(torch.linspace(-1, 1, 64, dtype=torch.float64), 2.0)
+    with torch.no_grad(), lens.edit(edit, at=il.latent):
+        run = opened(lens, given, (1,), keep_logits=True)
+        result = lens.ablate(run, il.Zero(), at=il.latent[2], metric=il.kl, context="fixed")
+        within = lens.read_answer(run, _no_targets(lens, run)).logits[0]
+    step = int(il.before_answer.resolve(run.tokens, 0)[0]) - run.tokens.prompt_width + 1
+    torch.testing.assert_close(within, run.logits[0, step], rtol=0, atol=1e-9)
+    assert result.after[0] > 0
+
+
+def _no_targets(lens: il.LatentModel, run: il.Run) -> Any:
+    from imaginelens.hooks.metrics import targets_of
+
+    return targets_of(run, run.answers, [None] * len(run), lens.encode)

@@ -47,9 +47,7 @@ def refused(lens: il.LatentModel, *args: Any, **kwargs: Any) -> str:
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
 def test_every_way_of_giving_an_example_gives_the_same_prompt(name: str) -> None:
     lens, one = lens_of(name), example(name)
-    wanted = tiny.inputs(
-        name, lens.processor, ["what?"], [one["images"]]
-    )
+    wanted = tiny.inputs(name, lens.processor, ["what?"], [one["images"]])
     ways = [
         lens.prompt(one),
         lens.prompt({"images": [one["images"]], "text": one["text"]}),

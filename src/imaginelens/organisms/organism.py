@@ -1,6 +1,7 @@
 """A tiny trained model whose mechanism is known, as a `LatentModel` with a task."""
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from imaginelens.hooks import LatentModel, LatentSpec, Pairs
+from imaginelens.hooks import CheckpointError, LatentModel, LatentSpec, Pairs
 from imaginelens.hooks.answers import AnswerFinder
-from imaginelens.hooks.pairs import Hypothesis
+from imaginelens.hooks.pairs import Example, Steps
 from imaginelens.organisms import hunt
 from imaginelens.organisms.checkpoint import available, card, folder
 
@@ -29,8 +30,8 @@ class Organism(LatentModel):
     def task(self, n: int = 64, seed: int = 0) -> Pairs:
         """Draw pairs of hunts whose answers differ, with every mechanism's prediction.
 
-        `pairs.hypotheses[name](i, steps)` is the answer to expect when the latents at `steps`
-        (None: all) of pair i's source go into its base, if that mechanism is the model's.
+        `task.hypotheses[name](base, source, steps)` is the answer to expect when the latents at
+        `steps` (None: all) of a source go into its base, if that mechanism is the model's.
         """
         if n < 1:
             raise ValueError(f"task(n={n}) asks for no pairs; n must be 1 or more")
@@ -40,13 +41,13 @@ class Organism(LatentModel):
             source=[example(h) for h in source],
             base_answers=[h.answer for h in base],
             source_answers=[h.answer for h in source],
-            hypotheses=_hypotheses(base, source),
+            hypotheses={name: partial(_predict, rule) for name, rule in hunt.HYPOTHESES.items()},
         )
 
 
 def example(game: hunt.Hunt) -> dict[str, Any]:
-    """A hunt as an input: its picture and its question."""
-    return {"images": game.image(), "text": game.question}
+    """A hunt as an input: its picture and its question; the hunt itself comes along."""
+    return {"images": game.image(), "text": game.question, "hunt": game}
 
 
 def organisms() -> list[str]:
@@ -78,6 +79,9 @@ def load(
     >>> load("latent-content").spec.name
     'organism'
     """
+    near = difflib.get_close_matches(str(name), available(), n=1)
+    if near and str(name) != near[0] and not Path(name).exists():
+        raise CheckpointError(f"there is no organism {str(name)!r}; did you mean {near[0]!r}?")
     if str(name) not in available():
         return LatentModel.from_pretrained(
             name,
@@ -115,8 +119,5 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _hypotheses(base: list[hunt.Hunt], source: list[hunt.Hunt]) -> Mapping[str, Hypothesis]:
-    def predict(rule: hunt.Hypothesis, i: int, steps: tuple[int, ...] | None) -> str:
-        return rule(base[i], source[i], steps)
-
-    return {name: partial(predict, rule) for name, rule in hunt.HYPOTHESES.items()}
+def _predict(rule: hunt.Hypothesis, base: Example, source: Example, steps: Steps) -> str:
+    return rule(base["hunt"], source["hunt"], steps)
