@@ -5,12 +5,13 @@ no answer. A missing answer is counted as missing, never guessed.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 AnswerFinder = Callable[[str], tuple[int, int] | None]
 
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?[A-Za-z_]+>")
-_LETTER = re.compile(r"(?<![A-Za-z])\(?([A-H])\)?(?![A-Za-z])")
+_LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-H])\)?(?![A-Za-z0-9])")
 
 
 def tail(text: str) -> tuple[int, int] | None:
@@ -20,7 +21,10 @@ def tail(text: str) -> tuple[int, int] | None:
     >>> text[slice(*tail(text))]
     'circle'
     """
-    end = next((m.start() for m in _SPECIAL.finditer(text) if text[: m.start()].strip()), len(text))
+    ends = (
+        m.start() for m in _SPECIAL.finditer(text) if _SPECIAL.sub("", text[: m.start()]).strip()
+    )
+    end = next(ends, len(text))
     body = _SPECIAL.sub(lambda m: " " * len(m[0]), text[:end])
     return None if not body.strip() else (len(body) - len(body.lstrip()), len(body.rstrip()))
 
@@ -38,7 +42,8 @@ def boxed(text: str) -> tuple[int, int] | None:
     start += len("\\boxed{")
     depth = 1
     for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+        if text[i - 1] != "\\":  # an escaped brace is text
+            depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
             return (start, i) if i > start else None
     return None
@@ -74,8 +79,9 @@ def after(marker: str) -> AnswerFinder:
     return find
 
 
-def from_callable(fn: Callable[[str], str | None]) -> AnswerFinder:
-    """Make a finder of a function that returns the answer's text, as it stands in what was written.
+def from_callable(fn: Callable[[str], Any]) -> AnswerFinder:
+    """Make a finder of a function that returns the answer's text, as it stands in what was written,
+    or its range, as finders do.
 
     >>> text = "I say: four"
     >>> text[slice(*from_callable(lambda written: written.split()[-1])(text))]
@@ -84,9 +90,71 @@ def from_callable(fn: Callable[[str], str | None]) -> AnswerFinder:
 
     def find(text: str) -> tuple[int, int] | None:
         found = fn(text)
-        if not found:
-            return None
+        if not found or isinstance(found, tuple):
+            return found or None
         at = text.rfind(found)
         return None if at < 0 else (at, at + len(found))
+
+    return find
+
+
+def between(start: str, stop: str) -> AnswerFinder:
+    """Make a finder of what stands between the last `start` and the `stop` behind it, or up to the
+    next special token where nothing stops it.
+
+    >>> text = "so <answer> B </answer><|im_end|>"
+    >>> text[slice(*between("<answer>", "</answer>")(text))]
+    'B'
+    """
+
+    def find(text: str) -> tuple[int, int] | None:
+        at = text.rfind(start)
+        if at < 0:
+            return None
+        begin = at + len(start)
+        end = text.find(stop, begin)
+        inner = text[begin:end] if end >= 0 else text[begin:]
+        if end < 0:
+            found = tail(inner)
+            return None if found is None else (begin + found[0], begin + found[1])
+        kept = inner.strip()
+        lead = len(inner) - len(inner.lstrip())
+        return (begin + lead, begin + lead + len(kept)) if kept else None
+
+    return find
+
+
+def first_found(*finders: AnswerFinder) -> AnswerFinder:
+    """Make a finder of several: the first of them that finds an answer.
+
+    >>> text = "The answer is (C)."
+    >>> text[slice(*first_found(boxed, letter)(text))]
+    'C'
+    """
+
+    def find(text: str) -> tuple[int, int] | None:
+        return next((found for f in finders if (found := f(text)) is not None), None)
+
+    return find
+
+
+def without(finder: AnswerFinder, strays: Sequence[str]) -> AnswerFinder:
+    """Make a finder whose answer neither begins nor ends with one of `strays`, such as the tokens
+    of a latent span that a model also wrote outside of it.
+
+    >>> text = "\\\\boxed{<lat>B</lat>}"
+    >>> text[slice(*without(boxed, ["<lat>", "</lat>"])(text))]
+    'B'
+    """
+    either = "|".join(re.escape(s) for s in strays)
+    around = re.compile(rf"(?:\s|{either})*(.*?)(?:\s|{either})*", re.DOTALL)
+
+    def find(text: str) -> tuple[int, int] | None:
+        found = finder(text)
+        if found is None or not strays:
+            return found
+        kept = around.fullmatch(text, *found)
+        assert kept is not None
+        return kept.span(1) if kept[1] else None
 
     return find

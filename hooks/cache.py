@@ -25,11 +25,15 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         columns: for each name the column of every position, (example, position), -1 where filled
             up; absent for sites without token positions (the vision side).
         axes: the names of each activation's axes.
+        slots: at the projector, (example, column, row of the activation) of every image token.
+        n_layers: of the model, so that layer -1 is its last.
     """
 
     activations: dict[str, torch.Tensor] = field(default_factory=dict)
     columns: dict[str, Int[torch.Tensor, "example position"]] = field(default_factory=dict)
     axes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    slots: dict[str, Int[torch.Tensor, "token 3"]] = field(default_factory=dict)
+    n_layers: int | None = None
 
     def __getitem__(self, key: Key) -> torch.Tensor:
         """Look up by hook name, or by TransformerLens' short name and layer.
@@ -46,27 +50,37 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return len(self.activations)
 
     def __contains__(self, key: object) -> bool:
-        name = get_act_name(*key) if isinstance(key, tuple) else key
-        return name in self.activations
+        if not isinstance(key, str | tuple):
+            return False
+        return self._spell(key) in self.activations
 
     def name(self, key: Key) -> str:
         """Spell a key out as a hook name that this cache holds."""
-        name = get_act_name(*key) if isinstance(key, tuple) else key
-        if name not in self.activations and get_act_name(name) in self.activations:
-            return get_act_name(name)
+        name = self._spell(key)
         if name not in self.activations:
             if not self.activations:
                 raise HookNameError(
                     f"nothing was captured, so there is no {name!r}; "
                     "pass names_filter=... to lens.run or lens.run_with_cache"
                 )
-            match(self.activations, name)  # raises with the nearest captured names
+            found = match(self.activations, name)  # raises with the nearest captured names
+            raise HookNameError(
+                f"{name!r} is a pattern, which {len(found)} captured sites match; name one of them"
+            )
         return name
+
+    def _spell(self, key: Key) -> str:
+        if isinstance(key, str):
+            return key if key in self.activations else get_act_name(key)
+        short, layer = key
+        if layer < 0 and self.n_layers is not None:
+            layer += self.n_layers
+        return get_act_name(short, layer)
 
     def to(self, device: torch.device | str) -> "ActivationCache":
         """The same cache on another device."""
         moved = {name: value.to(device) for name, value in self.activations.items()}
-        return ActivationCache(moved, self.columns, self.axes)
+        return ActivationCache(moved, self.columns, self.axes, self.slots, self.n_layers)
 
     def nbytes(self) -> int:
         """The size of all activations in bytes."""
@@ -77,22 +91,25 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         path = Path(path)
         tensors = {f"values/{n}": v.detach().contiguous().cpu() for n, v in self.items()}
         tensors |= {f"columns/{n}": v.contiguous().cpu() for n, v in self.columns.items()}
+        tensors |= {f"slots/{n}": v.contiguous().cpu() for n, v in self.slots.items()}
+        meta = json.dumps({"axes": self.axes, "n_layers": self.n_layers})
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"axes": json.dumps(self.axes), "format": "pt"})
+        save_file(tensors, partial, metadata={"imaginelens": meta, "format": "pt"})
         partial.replace(path)
         return path
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
         """Read a cache that `save` wrote."""
-        values: dict[str, torch.Tensor] = {}
-        columns: dict[str, torch.Tensor] = {}
+        groups: dict[str, dict[str, torch.Tensor]] = {"values": {}, "columns": {}, "slots": {}}
         with safe_open(path, framework="pt", device=device) as file:
-            meta = json.loads((file.metadata() or {}).get("axes", "{}"))
+            meta = json.loads((file.metadata() or {}).get("imaginelens", "{}"))
             for key in file.keys():
                 group, name = key.split("/", 1)
-                (values if group == "values" else columns)[name] = file.get_tensor(key)
-        return cls(values, columns, {name: tuple(axes) for name, axes in meta.items()})
+                groups[group][name] = file.get_tensor(key)
+        axes = {name: tuple(axes) for name, axes in meta.get("axes", {}).items()}
+        values, columns, slots = groups.values()
+        return cls(values, columns, axes, slots, meta.get("n_layers"))
 
     def __repr__(self) -> str:
         lines = [f"ActivationCache: {len(self)} sites, {self.nbytes():,} bytes"]

@@ -8,7 +8,7 @@ A cell is one row at one position. `apply(act, ctx)` gets the states of the touc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class EditContext:
         given: the edit's donor or reference at this site, or None.
         first: the current run's state at ordinal 0 of each cell's row.
         draw: number of the repetition, for random edits.
+        keys: what identifies each cell's example, whatever batch it is in; its row if left out.
     """
 
     site: str
@@ -41,18 +42,28 @@ class EditContext:
     given: States | None = None
     first: torch.Tensor | None = None
     draw: int = 0
+    keys: tuple[str, ...] = ()
+
+    def key(self, cell: int) -> str:
+        """What identifies the example of a cell."""
+        return self.keys[cell] if self.keys else str(self.rows[cell])
 
     def generator(self, seed: int, *key: Any) -> torch.Generator:
-        """A private random stream for this site, draw and key: not shared, not order-dependent."""
-        text = "/".join(map(str, (seed, self.draw, self.site, *key)))
+        """A private random stream for this draw and key: not shared, not order-dependent."""
+        text = "/".join(map(str, (seed, self.draw, *key)))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def normal(self, seed: int, like: torch.Tensor) -> torch.Tensor:
-        """Standard normal noise, one stream per cell, so that batching does not change it."""
+        """Standard normal noise, one stream per example, site and ordinal, so that batching does
+        not change it."""
         drawn = [
-            torch.randn(like.shape[1:], generator=self.generator(seed, r, k), dtype=torch.float64)
-            for r, k in zip(self.rows, self.ordinals, strict=True)
+            torch.randn(
+                like.shape[1:],
+                generator=self.generator(seed, self.site, self.key(cell), ordinal),
+                dtype=torch.float64,
+            )
+            for cell, ordinal in enumerate(self.ordinals)
         ]
         return torch.stack(drawn).to(like)
 
@@ -65,6 +76,9 @@ class EditContext:
 @dataclass(frozen=True)
 class Edit:
     """The parent of all edits. `given` is the donor or reference whose states `apply` needs."""
+
+    lines_up: ClassVar[bool] = False  # whether row i of `given` goes into row i of the run
+    asks_for: ClassVar[str] = "reference=lens.run(other_inputs)"
 
     @property
     def given(self) -> Donor | None:
@@ -83,7 +97,7 @@ class Edit:
         if ctx.given is None:
             raise DonorError(
                 f"{type(self).__name__} needs a reference to take its statistics from: "
-                f"il.{type(self).__name__}(..., reference=lens.run(other_inputs))"
+                f"il.{type(self).__name__}(..., {self.asks_for})"
             )
         return ctx.given
 
@@ -103,6 +117,8 @@ class _Fitted(Edit):
 @dataclass(frozen=True)
 class _Donated(Edit):
     """An edit that lines its donor's rows up with the rows of the run it goes into."""
+
+    lines_up: ClassVar[bool] = True
 
     @property
     def given(self) -> Donor | None:
@@ -153,19 +169,29 @@ class Constant(_Fitted):
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
         if self.value is not None:
-            return _fits(self.value, act).to(act).expand_as(act).clone()
+            return _fits(self.value, act).expand_as(act).clone()
         states = self._states(ctx)
         return states.values[states.mask].double().mean(0).to(act).expand_as(act).clone()
 
 
 @dataclass(frozen=True)
 class Replace(Edit):
-    """Set the states to `value`, of the shape of one state or of all touched cells."""
+    """Set the states to `value`: one state for all, or (ordinal, ...), one for each selected
+    position in order."""
 
     value: torch.Tensor
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
-        return _fits(self.value, act).to(act).expand_as(act).clone()
+        value = _fits(self.value, act)
+        if value.dim() < act.dim():
+            return value.expand_as(act).clone()
+        last = int(ctx.ordinals.max())
+        if len(value) <= last:
+            raise DonorError(
+                f"Replace has {len(value)} states and the run has reached its number {last + 1}; "
+                "give one state for all positions, or one for each selected position"
+            )
+        return value[ctx.ordinals].expand_as(act).clone()
 
 
 @dataclass(frozen=True)
@@ -190,18 +216,26 @@ class Slerp(_Donated):
     weight: float = 0.5
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
-        other, w = self.lined_up(act, ctx), self.weight
-        a, b = act.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True)
-        u, v = act / a.clamp_min(1e-12), other / b.clamp_min(1e-12)
-        angle = torch.arccos((u * v).sum(-1, keepdim=True).clamp(-1, 1))
-        turned = (torch.sin((1 - w) * angle) * u + torch.sin(w * angle) * v) / torch.sin(angle)
-        straight = (1 - w) * u + w * v  # parallel states have no plane to turn in
-        return torch.where(angle.abs() < 1e-6, straight, turned) * ((1 - w) * a + w * b)
+        start, other = act.double(), self.lined_up(act, ctx).double()
+        w, a, b = self.weight, start.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True)
+        u, v = start / a.clamp_min(1e-300), other / b.clamp_min(1e-300)
+        angle = 2 * torch.atan2(
+            (u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True)
+        )
+        # the part of v that is orthogonal to u; opposite states turn in any plane
+        side = v - (u * v).sum(-1, keepdim=True) * u
+        side = torch.where(side.norm(dim=-1, keepdim=True) < 1e-7, _orthogonal(u), side)
+        side = side / side.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        turned = torch.cos(w * angle) * u + torch.sin(w * angle) * side
+        turned = torch.where(a == 0, v, turned)  # a zero state has no direction of its own
+        turned = torch.where(b == 0, u, turned)
+        return (turned * ((1 - w) * a + w * b)).to(act)
 
 
 @dataclass(frozen=True)
 class Resample(_Fitted):
-    """Set a row's states to those of another example of the reference, drawn at random."""
+    """Set an example's states to those of another example of the reference, drawn at random; the
+    same one for all positions and sites."""
 
     reference: Donor | None = None
     seed: int = 0
@@ -209,20 +243,27 @@ class Resample(_Fitted):
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
         states = self._states(ctx)
-        new = [
-            self._other(states, ctx, int(r), int(k))
-            for r, k in zip(ctx.rows, ctx.ordinals, strict=True)
-        ]
-        return torch.stack(new).to(act)
+        return torch.stack(
+            [self._other(states, ctx, cell, int(k)) for cell, k in enumerate(ctx.ordinals)]
+        ).to(act)
 
-    def _other(self, states: States, ctx: EditContext, row: int, ordinal: int) -> torch.Tensor:
-        others = [i for i in range(len(states)) if i != row] or [0]
-        pick = torch.randint(len(others), (), generator=ctx.generator(self.seed, row))
-        start = int(pick)
-        for i in others[start:] + others[:start]:  # the first one that went as far as this ordinal
-            if ordinal < states.mask.shape[1] and states.mask[i, ordinal]:
-                return states.values[i, ordinal]
-        return states.pooled(ordinal)[0]
+    def _other(self, states: States, ctx: EditContext, cell: int, ordinal: int) -> torch.Tensor:
+        """Another example's state: the first, from a random start on, that has this ordinal."""
+        own = None if states.keys is None else ctx.key(cell)
+        others = [i for i in range(len(states)) if states.keys is None or states.keys[i] != own]
+        if states.keys is None:  # a tensor's rows are known by their number alone
+            others = [i for i in others if i != ctx.rows[cell]]
+        counts = states.counts()
+        reached = [i for i in others if ordinal < counts[i]]
+        if not reached:
+            raise DonorError(
+                f"Resample finds no other example with a state number {ordinal} among the "
+                f"{len(states)} of its reference; use a reference on more, and other, inputs"
+            )
+        draw = ctx.generator(self.seed, ctx.key(cell))
+        start = others[int(torch.randint(len(others), (), generator=draw))]
+        picked = next((i for i in reached if i >= start), reached[0])
+        return states.values[picked, ordinal]
 
 
 @dataclass(frozen=True)
@@ -263,11 +304,11 @@ class Steer(Edit):
     scale: float = 1.0
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
-        return act + self.scale * _fits(self.direction, act).to(act)
+        return act + self.scale * _fits(self.direction, act)
 
 
 @dataclass(frozen=True)
-class Project(Edit):
+class Project(_Fitted):
     """Remove what the states hold in the span of `directions`, (direction, d_model) or (d_model,);
     with a reference, relative to its mean, and with `keep=True` the rest is removed instead."""
 
@@ -275,24 +316,25 @@ class Project(Edit):
     keep: bool = False
     reference: Donor | None = None
 
-    @property
-    def given(self) -> Donor | None:
-        return self.reference
-
     def apply(self, act: Act, ctx: EditContext) -> Act:
         rows = torch.atleast_2d(_fits(self.directions, act)).double()
-        basis = torch.linalg.qr(rows.T).Q.to(act)
-        mean = torch.zeros_like(act)
+        u, scale, _ = torch.linalg.svd(rows.T, full_matrices=False)
+        # dependent directions span less than their number
+        basis = u[:, scale > scale[0] * 1e-12 * max(rows.shape)]
+        mean = torch.zeros_like(act, dtype=torch.float64)
         if ctx.given is not None:
             states = ctx.given
-            mean = ctx.per_cell(act, lambda k: states.pooled(k).double().mean(0))
-        inside = ((act - mean) @ basis) @ basis.T
-        return mean + inside if self.keep else act - inside
+            mean = ctx.per_cell(mean, lambda k: states.pooled(k).double().mean(0))
+        inside = ((act.double() - mean) @ basis) @ basis.T
+        return (mean + inside if self.keep else act.double() - inside).to(act)
 
 
 @dataclass(frozen=True)
 class Shuffle(Edit):
-    """Permute the steps of the unedited run's states, each row in an order of its own."""
+    """Permute the steps of the unedited run's states, each example in an order of its own."""
+
+    lines_up: ClassVar[bool] = True
+    asks_for: ClassVar[str] = "run=lens.run(the_same_inputs)"
 
     run: Donor | None = None
     seed: int = 0
@@ -303,16 +345,23 @@ class Shuffle(Edit):
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
         states = self._states(ctx)
-        new = []
-        for row, ordinal in zip(ctx.rows, ctx.ordinals, strict=True):
+        counts, new = states.counts(), []
+        for cell, (row, ordinal) in enumerate(zip(ctx.rows, ctx.ordinals, strict=True)):
             source = 0 if len(states) == 1 else int(row)
-            order = self._order(int(states.mask[source].sum()), ctx, int(row))
+            if source >= len(states) or ordinal >= counts[source]:
+                raise DonorError(
+                    f"Shuffle has a run of {len(states)} rows with {min(counts)} to {max(counts)} "
+                    f"states, and row {row} has reached its number {int(ordinal) + 1}; give it the "
+                    "unedited run of the same inputs"
+                )
+            order = self._order(counts[source], ctx, cell)
             new.append(states.values[source, order[int(ordinal)]])
         return torch.stack(new).to(act)
 
-    def _order(self, n: int, ctx: EditContext, row: int) -> list[int]:
+    def _order(self, n: int, ctx: EditContext, cell: int) -> list[int]:
         """A random order in which no step stays where it was (a cycle), if there are two."""
-        cycle = torch.randperm(n, generator=ctx.generator(self.seed, row)).tolist()
+        draw = ctx.generator(self.seed, ctx.key(cell))
+        cycle = torch.randperm(n, generator=draw).tolist()
         following = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         return [following[i] for i in range(n)]
 
@@ -325,6 +374,12 @@ class FirstRepeat(Edit):
         return act.clone() if ctx.first is None else ctx.first.to(act).clone()
 
 
+def _orthogonal(u: torch.Tensor) -> torch.Tensor:
+    """A direction orthogonal to each unit row of `u`: its weakest axis, made orthogonal."""
+    axis = torch.nn.functional.one_hot(u.abs().argmin(-1), u.shape[-1]).to(u)
+    return axis - (axis * u).sum(-1, keepdim=True) * u
+
+
 def _spread(values: torch.Tensor) -> torch.Tensor:
     if len(values) < 2:
         raise DonorError(
@@ -335,10 +390,15 @@ def _spread(values: torch.Tensor) -> torch.Tensor:
 
 
 def _fits(value: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
-    """Refuse a tensor of another width before torch does so less clearly."""
+    """Refuse a tensor of another width, dtype or device: nothing is cast behind the user's back."""
     if value.shape[-1] != act.shape[-1]:
         raise DonorError(
             f"a value of width {value.shape[-1]} (shape {tuple(value.shape)}) cannot go into "
             f"states of width {act.shape[-1]}; take it from the same site of the same model"
+        )
+    if value.dtype != act.dtype or value.device != act.device:
+        raise DonorError(
+            f"a value in {value.dtype} on {value.device} cannot go into states in {act.dtype} on "
+            f"{act.device}; convert it with value.to(device, dtype) first"
         )
     return value

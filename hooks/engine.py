@@ -41,9 +41,9 @@ def forward(wrapped: nnsight.NNsight, workers: Sequence[Worker], inputs: Mapping
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back the state that a forward leaves on the model (`rope_deltas`), also on error."""
-    before = [(m, m.rope_deltas) for m in model.modules() if "rope_deltas" in vars(m)]
+def untouched(stateful: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back the state that a forward leaves on these modules (`rope_deltas`), also on error."""
+    before = [(module, module.rope_deltas) for module in stateful]
     try:
         with LOCK:
             yield

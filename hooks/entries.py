@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ class Chunk:
     Attributes:
         projector_rows: for every image token of the batch, in order, its row in the projector's
             output; None if the two have the same order.
+        points: what hook functions see of each site, shared by all hooks of the site.
     """
 
     tokens: TokenMap
@@ -32,6 +34,7 @@ class Chunk:
     stop: int
     has_images: bool = False
     projector_rows: np.ndarray | None = None
+    points: "dict[str, HookPoint]" = field(default_factory=dict)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Entry:
     """Something that is active at some sites, by name."""
 
     sites: tuple[str, ...]
+    number: int = field(default_factory=count().__next__, init=False)
 
     def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
         """Act on the value at a site; the same tensor back is a read."""
@@ -73,10 +77,9 @@ class HookEntry(Entry):
     fn: HookFn
     direction: Literal["fwd", "bwd"] = "fwd"
     permanent: bool = False
-    points: dict[str, HookPoint] = field(default_factory=dict)
 
     def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
-        point = self.points.setdefault(site.name, HookPoint(site.name))
+        point = chunk.points.setdefault(site.name, HookPoint(site.name))
         point.columns, point.tokens = columns, chunk.tokens
         if self.direction == "bwd":
             if act.requires_grad:
@@ -101,6 +104,7 @@ class EditEntry(Entry):
     draw: int = 0
     _given: dict[str, States | None] = field(default_factory=dict)
     _first: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    _found: tuple[Chunk, int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def begin(self) -> None:
         """Forget what belongs to one run."""
@@ -111,7 +115,9 @@ class EditEntry(Entry):
         if site.is_vision:
             rows, places, ordinals, old = _vision_cells(site, act, chunk, self.at)
         else:
-            rows, places, ordinals = _cells(chunk, columns, self.at)
+            rows, places, ordinals = self._touched(chunk, columns)
+            keep = _read_by_the_model(site, chunk, rows, columns[places], self.at)
+            rows, places, ordinals = rows[keep], places[keep], ordinals[keep]
             old = act[rows, places]
         if len(rows) == 0:
             return act
@@ -130,16 +136,26 @@ class EditEntry(Entry):
             given=given,
             first=self._remember_first(site.name, rows, ordinals, old),
             draw=self.draw,
+            keys=tuple(chunk.tokens.keys[int(row)] for row in rows),
         )
-        _check_width(given, old, site, self.edit)
+        _check_fit(given, old, site, self.edit)
         new = self.edit.apply(old, ctx)
         if new.shape != old.shape:
             raise DonorError(
                 f"{type(self.edit).__name__} returned shape {tuple(new.shape)} for {len(old)} "
                 f"cells of shape {tuple(old.shape)} at {site.name!r}; an edit keeps its shape"
             )
-        self.landing.record(site.name, rows, at_columns, old, new)
-        return _scatter(site, act, chunk, rows, places, new.to(act.dtype))
+        new = new.to(old)  # before it is judged: a change can be lost in rounding
+        self.landing.record(site.name, rows, at_columns, old, new, chunk)
+        return _scatter(site, act, chunk, rows, places, new)
+
+    def _touched(
+        self, chunk: Chunk, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The cells of a forward: the same at all of its sites, so found once."""
+        if self._found is None or self._found[0] is not chunk or self._found[1] != len(columns):
+            self._found = (chunk, len(columns), _cells(chunk, columns, self.at))
+        return self._found[2]
 
     def judge(self, n_rows: int, seen: str) -> None:
         """Refuse a call in which this edit did nothing."""
@@ -156,7 +172,7 @@ class EditEntry(Entry):
     ) -> np.ndarray:
         """Which cells a donor can serve; a donor row without such a state leaves its row be."""
         keep = np.ones(len(rows), dtype=bool)
-        if given is None or not hasattr(self.edit, "donor"):
+        if given is None or not self.edit.lines_up:
             return keep
         if len(given) not in (1, n_rows):
             raise DonorError(
@@ -167,13 +183,17 @@ class EditEntry(Entry):
         for i, (row, ordinal) in enumerate(zip(rows, ordinals, strict=True)):
             has = counts[0 if len(given) == 1 else row]
             keep[i] = has > 0
+            if has == 0:
+                self.landing.donorless.add(int(row))
             if 0 < has <= ordinal:
                 raise DonorError(
                     f"row {row} of the donor has {has} states at {self.at!r} of {site!r} and the "
-                    f"run has reached its number {ordinal + 1}; select fewer steps, e.g. "
-                    f"at=il.latent[:{has}]"
+                    f"run has reached its number {ordinal + 1}; select fewer, {self._fewer(has)}"
                 )
         return keep
+
+    def _fewer(self, n: int) -> str:
+        return f"at=il.latent[:{n}]" if repr(self.at) == "latent" else f"at most {n}"
 
     def _remember_first(
         self, site: str, rows: np.ndarray, ordinals: np.ndarray, old: torch.Tensor
@@ -192,18 +212,40 @@ class CaptureEntry(Entry):
     device: torch.device | str | None = None
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
     cells: dict[str, list[tuple[int, int, torch.Tensor]]] = field(default_factory=dict)
+    slots: dict[str, torch.Tensor] = field(default_factory=dict)
+    _planned: tuple[Chunk, int, np.ndarray] | None = None
 
     def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
         if site.is_vision or self.wanted is None:
             self.whole[site.name] = self._copy(act)
+            slots = _image_slots(chunk)
+            if site.name == "vision_projector.hook_out" and len(slots) == act[..., 0].numel():
+                self.slots[site.name] = torch.tensor([(r, c, i) for (r, c), i in slots.items()])
             return act
-        kept = self.cells.setdefault(site.name, [])
-        for row in range(len(chunk.tokens)):
-            places = np.flatnonzero(np.isin(columns, self.wanted(chunk.tokens, row)))
-            if len(places):
-                copy = self._copy(act[row, places])
-                kept += [(row, int(columns[p]), copy[i]) for i, p in enumerate(places)]
+        rows, places = self._plan(chunk, columns)
+        if len(rows):
+            copies = self._copy(act[rows, places]).unbind(0)
+            kept = self.cells.setdefault(site.name, [])
+            kept += zip(rows.tolist(), columns[places].tolist(), copies, strict=True)
         return act
+
+    def _plan(self, chunk: Chunk, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which cells of a forward to keep: the same at all of its sites."""
+        assert self.wanted is not None
+        if (
+            self._planned is None
+            or self._planned[0] is not chunk
+            or self._planned[1] != len(columns)
+        ):
+            cells = [
+                (row, int(place))
+                for row in range(len(chunk.tokens))
+                for place in np.flatnonzero(np.isin(columns, self.wanted(chunk.tokens, row)))
+            ]
+            plan = np.array(cells, dtype=int).reshape(-1, 2)
+            self._planned = (chunk, len(columns), plan)
+        plan = self._planned[2]
+        return plan[:, 0], plan[:, 1]
 
     def _copy(self, act: torch.Tensor) -> torch.Tensor:
         # A clone, so that the full activation a slice belongs to can be freed.
@@ -225,6 +267,26 @@ def _cells(
             places.append(int(np.searchsorted(columns, resolved[ordinal])))
             ordinals.append(int(ordinal))
     return np.array(rows, dtype=int), np.array(places, dtype=int), np.array(ordinals, dtype=int)
+
+
+def _read_by_the_model(
+    site: Site, chunk: Chunk, rows: np.ndarray, columns: np.ndarray, at: Positions
+) -> np.ndarray:
+    """Which cells of a site the model goes on to read: elsewhere an edit would change nothing."""
+    kinds = chunk.tokens.kind[rows, columns]
+    if site.name == "hook_latent":
+        return np.asarray(kinds == Kind.LATENT)
+    if site.name == "hook_embed":
+        for kind, instead in (
+            (Kind.LATENT, "hook_latent"),
+            (Kind.IMAGE, "vision_projector.hook_out"),
+        ):
+            if (kinds == kind).any():
+                raise SiteUnavailable(
+                    f"{at!r} selects {kind.name.lower()} positions, whose token embedding is "
+                    f"overwritten before anything reads it; edit {instead!r} there"
+                )
+    return np.ones(len(rows), dtype=bool)
 
 
 def _image_slots(chunk: Chunk) -> dict[tuple[int, int], int]:
@@ -274,10 +336,16 @@ def _scatter(
     return out
 
 
-def _check_width(given: States | None, act: torch.Tensor, site: Site, edit: Edit) -> None:
+def _check_fit(given: States | None, act: torch.Tensor, site: Site, edit: Edit) -> None:
     if given is not None and given.values.shape[2:] != act.shape[1:]:
         raise DonorError(
             f"{type(edit).__name__} brings states of shape {tuple(given.values.shape[2:])} to "
             f"{site.name!r}, whose states have shape {tuple(act.shape[1:])}; "
             "take them from the same site of the same model"
+        )
+    if given is not None and (given.values.dtype != act.dtype or given.values.device != act.device):
+        raise DonorError(
+            f"{type(edit).__name__} brings states in {given.values.dtype} on "
+            f"{given.values.device} to {site.name!r}, whose states are in {act.dtype} on "
+            f"{act.device}; make the donor run with the same model, dtype and device"
         )

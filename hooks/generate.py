@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from imaginelens.hooks import engine
 from imaginelens.hooks.entries import Chunk
 from imaginelens.hooks.registry import HookRegistry
 from imaginelens.hooks.spec import LatentSpec, SpanTokens
 from imaginelens.hooks.tokens import Kind, TokenMap
 
-EndedBy = Literal["close", "cap", "criterion", "length"]
+EndedBy = Literal["close", "cap", "criterion", "budget", "reopened", "length"]
 
 
 @dataclass
@@ -66,6 +67,7 @@ class LatentLoop:
     forwards: int = 0
     seconds: float = 0.0
     _z: torch.Tensor | None = None
+    _read: torch.Tensor | None = None  # what the last forward was fed, or would have been
     _open: list[SpanRecord | None] = field(default_factory=list)
     _positions: list[torch.Tensor] = field(default_factory=list)
 
@@ -109,6 +111,7 @@ class LatentLoop:
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1, **kwargs
             )
+        self._take_back(fed)
         self.seconds = time.perf_counter() - started
         return input_ids
 
@@ -145,19 +148,28 @@ class LatentLoop:
             chunk,
             overlay=self._overlay(chunk, fed) if bool(fed.any()) else None,
             read=read if self._may_feed(input_ids, fed) else None,
+            workers=self._unembedding(fed),
         )
+        self._read = self._z
         if states and self.spec is not None:
             h = states[0]
-            self._z = h if self.spec.project is None else self.spec.project(h)
+            self._z = h if self.spec.project is None else self.spec.project(h, fed.to(h.device))
         return outputs
 
     def _may_feed(self, input_ids: torch.Tensor, fed: torch.Tensor) -> bool:
         """Whether the hidden state of this forward can become the next input of some row."""
         if self.spec is None or self.span_tokens is None:
             return False
-        if self.spec.slot == "replace":  # the token sampled now may open a span
+        # the token sampled now may open a span, or the state may be asked for by the criterion
+        if self.spec.slot == "replace" or self.spec.criterion is not None:
             return True
         return bool((fed | (input_ids[:, -1] == self.span_tokens.open)).any())
+
+    def _unembedding(self, fed: torch.Tensor) -> list[engine.Worker]:
+        """Where the output head reads the projected state: a worker that gives it that."""
+        if not bool(fed.any()):
+            return []
+        return unembed_projected(self.wrapped, self.registry, self.spec, fed[:, None])
 
     def _overlay(self, chunk: Chunk, fed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Show the states to `hook_latent`, note what is fed, and lay it over the embeddings."""
@@ -166,6 +178,7 @@ class LatentLoop:
         z = self.registry.on_latents(self._z[:, None], chunk, np.array([column]))
         for row in torch.nonzero(fed)[:, 0].tolist():
             self.fed.append((row, column, z[row, 0].detach().clone()))
+        self._z = z[:, 0]
         mask = fed[:, None, None]
         return lambda embeds: torch.where(mask.to(embeds.device), z.to(embeds), embeds)
 
@@ -185,9 +198,9 @@ class LatentLoop:
         return token, fed
 
     def _criterion(self) -> np.ndarray:
-        if self.spec is None or self.spec.criterion is None or self._z is None:
+        if self.spec is None or self.spec.criterion is None or self._read is None:
             return np.zeros(len(self._open), dtype=bool)
-        return np.asarray(self.spec.criterion(self._z).cpu(), dtype=bool)
+        return np.asarray(self.spec.criterion(self._read).cpu(), dtype=bool)
 
     def _advance_row(self, row: int, token: int, last: int, criterion: bool) -> tuple[int, bool]:
         spec, ids = self.spec, self.span_tokens
@@ -201,17 +214,17 @@ class LatentLoop:
             if forced:
                 token = ids.open
             opened = token if spec.slot == "replace" else last
-            opening = opened == ids.open
+            opening = opened == ids.open and not (spec.slot == "replace" and self._spent(row))
             if not opening:
                 return token, False
             before = spec.trigger == "forced" and step - (spec.slot == "after") == spec.forced_at
             span = self._open[row] = SpanRecord(row, "forced" if before else "sampled")
             self.spans.append(span)
-        ended = self._ended(row, span, token, criterion and not opening)
+        ended = self._ended(row, span, token, criterion)
         if ended is not None and not (opening and spec.slot == "replace"):
             span.ended_by = ended
             self._open[row] = None
-            return (ids.close if spec.force_close else token), False
+            return (ids.close if spec.force_close and ended != "reopened" else token), False
         span.column = self.tokens.width if span.column < 0 else span.column
         span.steps += 1
         keeps_id = spec.emit == "sampled" or (opening and spec.slot == "replace")
@@ -220,15 +233,26 @@ class LatentLoop:
     def _ended(self, row: int, span: SpanRecord, token: int, criterion: bool) -> EndedBy | None:
         assert self.spec is not None
         assert self.span_tokens is not None
-        if not self.spec.multi_span and sum(s.row == row for s in self.spans) > 1:
+        if self.spec.reopens and not self.spec.fixed and token == self.span_tokens.open:
+            return "reopened"
+        others = [s for s in self.spans if s.row == row and s is not span]
+        if not self.spec.multi_span and any(s.ended_by != "reopened" for s in others):
             return None  # Mirage's release never ends a second span
         if span.steps >= self.spec.max_steps:
             return "cap"
+        if self._spent(row):
+            return "budget"
         if criterion:
             return "criterion"
         if token == self.span_tokens.close and not self.spec.fixed:
             return "close"
         return None
+
+    def _spent(self, row: int) -> bool:
+        """Whether the row has fed as many latents as a run may."""
+        assert self.spec is not None
+        fed = sum(s.steps for s in self.spans if s.row == row)
+        return self.spec.budget is not None and fed >= self.spec.budget
 
     def _grow(self, token: torch.Tensor, fed: torch.Tensor, unfinished: torch.Tensor) -> None:
         n_rows = len(token)
@@ -239,6 +263,41 @@ class LatentLoop:
             span[row] = len(of_row) - 1
             step[row] = sum(s.steps for s in of_row) - 1
         self.tokens = self.tokens.grown(token.cpu().numpy(), kind, span, step)
+
+    def _take_back(self, fed: torch.Tensor) -> None:
+        """The length ended the run before these rows' next latents were read: they are none."""
+        for row in torch.nonzero(fed)[:, 0].tolist():
+            span = self._open[row]
+            assert span is not None
+            span.steps -= 1
+            span.column = span.column if span.steps else -1
+            self.tokens.kind[row, -1] = Kind.PAD
+            self.tokens.span[row, -1] = self.tokens.step[row, -1] = -1
+
+
+def unembed_projected(
+    wrapped: nnsight.NNsight,
+    registry: HookRegistry,
+    spec: LatentSpec | None,
+    is_latent: torch.Tensor,
+    columns: torch.Tensor | None = None,
+) -> list[engine.Worker]:
+    """Where a family's output head reads the projected state: the worker that gives it that.
+
+    Args:
+        is_latent: (example, position), whether the input there is a latent.
+        columns: the positions whose logits are asked for; None is all. Some models ignore it.
+    """
+    if spec is None or spec.project is None or not spec.project_unembeds:
+        return []
+    project = spec.project
+
+    def put(act: torch.Tensor) -> torch.Tensor:
+        whole = columns is None or act.shape[1] == is_latent.shape[1]
+        mask = is_latent if whole else is_latent[:, columns]
+        return project(act, mask.to(act.device))
+
+    return [engine.visit(wrapped, registry["unembed.hook_out"].path, "input", put)]
 
 
 class _Sampler:

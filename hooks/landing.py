@@ -11,15 +11,16 @@ from imaginelens.hooks.errors import EditTouchedNothing
 Flag = Literal["not_emitted", "identical_donor"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Landing:
     """What one edit did, over all runs made while it was active.
 
     Attributes:
         fired: in how many forwards it touched at least one cell.
         cells: row, column, site and relative change of norm of every touched cell.
-        flags: rows it did not change, and why: the row had no such position (`not_emitted`), or the
-            new state equals the old one (`identical_donor`).
+        flags: rows that the last run did not change, and why: the row, or its donor, had no such
+            position (`not_emitted`), or the new state equals the old one (`identical_donor`).
+        donorless: rows of the last run that were left alone because their donor has no state.
     """
 
     edit: str
@@ -28,7 +29,9 @@ class Landing:
     fired: int = 0
     cells: list[tuple[int, int, str, float]] = field(default_factory=list)
     flags: dict[int, Flag] = field(default_factory=dict)
-    _call: list[tuple[int, bool]] = field(default_factory=list, repr=False)
+    donorless: set[int] = field(default_factory=set)
+    _call: list[tuple[int, bool]] = field(default_factory=list)
+    _forward: object = None
 
     @property
     def rows(self) -> list[int]:
@@ -47,15 +50,33 @@ class Landing:
         """Mean of ||new - old|| / ||old|| over the touched cells; nan before it fired."""
         return float(np.mean([change for *_, change in self.cells])) if self.cells else float("nan")
 
+    def __repr__(self) -> str:
+        flags = f", flags {self.flags}" if self.flags else ""
+        return (
+            f"Landing({self.edit} at {self.at} of {', '.join(self.sites[:3])}: fired in "
+            f"{self.fired} forwards, {len(self.cells)} cells in {len(self.rows)} rows, relative "
+            f"change {self.relative_change:.3g}{flags})"
+        )
+
     def record(
-        self, site: str, rows: np.ndarray, columns: np.ndarray, old: torch.Tensor, new: torch.Tensor
+        self,
+        site: str,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        old: torch.Tensor,
+        new: torch.Tensor,
+        forward: object,
     ) -> None:
-        """Note that the cells at these rows and columns went from `old` to `new`."""
+        """Note that the cells at these rows and columns went from `old` to `new` in a forward."""
         before, after = old.detach().flatten(1).double(), new.detach().flatten(1).double()
-        change = (after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-300)
+        size, moved = before.norm(dim=1), (after - before).norm(dim=1)
+        # from a zero state there is no relative change: infinite, or 0 where nothing moved
+        change = torch.where(moved == 0, moved, moved / size)
         # Any difference counts, also one too small for a norm to show, or a -0.0 for a 0.0.
         differs = (old != new).flatten(1).any(1)
-        self.fired += 1
+        if forward is not self._forward:
+            self._forward = forward
+            self.fired += 1
         for row, column, c, d in zip(rows, columns, change.tolist(), differs.tolist(), strict=True):
             self.cells.append((int(row), int(column), site, c))
             self._call.append((int(row), bool(d)))
@@ -63,6 +84,8 @@ class Landing:
     def begin(self) -> None:
         """Start a new call: what it touches is judged at its end."""
         self._call.clear()
+        self.flags.clear()
+        self.donorless.clear()
 
     def judge(self, n_rows: int, *, may_be_identical: bool, seen: str) -> None:
         """Flag the rows that the call did not change; refuse a call that changed none.
@@ -78,6 +101,11 @@ class Landing:
             elif row not in changed and not may_be_identical:
                 self.flags[row] = "identical_donor"
         where = f"{self.edit} at {self.at} of {', '.join(self.sites[:3])}"
+        if not touched and self.donorless:
+            raise EditTouchedNothing(
+                f"{where} touched nothing, for the donor has no state there in any of the rows "
+                f"{sorted(self.donorless)}; look at the donor run's trigger"
+            )
         if not touched:
             raise EditTouchedNothing(
                 f"{where} touched no position in {n_rows} row{'s' * (n_rows != 1)}: {seen}; "

@@ -106,7 +106,7 @@ def _logit_diff(readout: Readout) -> torch.Tensor:
 
 def _kl(readout: Readout) -> torch.Tensor:
     if readout.unedited is None:
-        return torch.zeros(len(readout.logits), dtype=readout.logits.dtype)
+        return readout.logits[:, 0] * 0  # nan where there is no answer
     before = readout.unedited.logits.log_softmax(-1)
     return (before.exp() * (before - readout.logits.log_softmax(-1))).sum(-1)
 

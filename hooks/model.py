@@ -28,13 +28,13 @@ from imaginelens.hooks.describe import Description, describe
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import CaptureEntry, Chunk, EditEntry, HookEntry
 from imaginelens.hooks.errors import CheckpointError, InputError
-from imaginelens.hooks.families import family_of
-from imaginelens.hooks.generate import LatentLoop
+from imaginelens.hooks.families import equipped, family_of, family_on_disk
+from imaginelens.hooks.generate import LatentLoop, unembed_projected
 from imaginelens.hooks.grid import lay_out
 from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
 from imaginelens.hooks.names import NamesFilter
-from imaginelens.hooks.patching import Context, PatchResult, ablate, patch
+from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
@@ -44,7 +44,7 @@ from imaginelens.hooks.script import Script, script_of
 from imaginelens.hooks.sites import find_sites
 from imaginelens.hooks.spec import Force, LatentSpec, Skip
 from imaginelens.hooks.structure import find_structure
-from imaginelens.hooks.tokens import TokenMap, map_prompt
+from imaginelens.hooks.tokens import Kind, TokenMap, map_prompt
 
 Hooks = Sequence[tuple[NamesFilter, Callable[..., torch.Tensor | None]]]
 DEFAULT_POSITIONS = (select.latent, select.answer)
@@ -58,7 +58,7 @@ class LatentModel:
         processor: its processor; without one only encoded inputs are taken.
         spec: how the family writes latent tokens; None recognises it, `False` means no latents.
         answer: finds the answer in what the model wrote: a function of `il.answers`, or a callable
-            from text to text.
+            from text to text; None is the family's own way, or all that was written.
 
     Attributes:
         registry: every site by name, and what is active on it.
@@ -71,19 +71,24 @@ class LatentModel:
         processor: Any = None,
         spec: LatentSpec | Literal[False] | None = None,
         *,
-        answer: AnswerFinder | None = None,
+        answer: Callable[[str], Any] | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.structure = find_structure(model)
         found = family_of(model.config, self.tokenizer) if spec is None else spec
-        self.spec: LatentSpec | None = found or None
+        self.spec: LatentSpec | None = equipped(found, model) if found else None
         self.span_tokens = (
             None if self.spec is None else self.spec.resolve(self.tokenizer, model.config)
         )
-        self.find_answer: AnswerFinder = answer or answers.tail
+        usual = None if self.spec is None else self.spec.answer
+        strays = () if self.spec is None else self.spec.strings
+        finder = answers.from_callable(answer or usual or answers.tail)
+        self.find_answer: AnswerFinder = answers.without(finder, strays)
         self.registry = HookRegistry(find_sites(model, self.structure))
+        self._stateful = [m for m in model.modules() if "rope_deltas" in vars(m)]
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.nnsight = nnsight.NNsight(model)
 
     @classmethod
@@ -92,7 +97,7 @@ class LatentModel:
         name: str | Path,
         *,
         spec: LatentSpec | Literal[False] | None = None,
-        answer: AnswerFinder | None = None,
+        answer: Callable[[str], Any] | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
         attn_implementation: str | None = None,
@@ -102,7 +107,8 @@ class LatentModel:
         """Open a checkpoint from a local folder or the Hub.
 
         Raises:
-            CheckpointError: the folder is not a checkpoint, or holds no multimodal model.
+            CheckpointError: the folder is not a checkpoint, holds no multimodal model, or a latent
+                family that is ambiguous or incomplete.
         """
         _check_folder(name)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -126,7 +132,8 @@ class LatentModel:
             **options,
         )
         processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
-        return cls(model.eval(), processor, spec, answer=answer)
+        family = family_on_disk(name, model, processor, spec, revision=revision)
+        return cls(model.eval(), processor, family or False, answer=answer)
 
     # ---- running ----------------------------------------------------------------------------
 
@@ -185,6 +192,7 @@ class LatentModel:
             model=self.model,
             processor=self.processor,
             image_token_id=self.structure.image_token_id,
+            style=None if self.spec is None else self.spec.prompt,
         )
 
     def tokens(self, inputs: Any) -> TokenMap:
@@ -202,26 +210,26 @@ class LatentModel:
         seed: int,
         keep_logits: bool,
     ) -> Run:
-        spec = latents.applied_to(self.spec) if isinstance(latents, Force) else self.spec
+        spec = self.spec if latents is None else latents.applied_to(self.spec)
         options = dict(generation or {})
         if isinstance(latents, Skip):
             options["logits_processor"] = self._without_open(options.get("logits_processor"))
         capture = self._capture(names_filter, wanted_while_generating(positions))
-        loop = LatentLoop(
-            self.nnsight,
-            self.registry,
-            replace(self._map(prompt), final=False),
-            self._chunk_base(prompt),
-            prompt.vision_inputs,
-            spec,
-            self.span_tokens,
-            seed,
-            keep_logits,
-        )
         config = self._generation_config(max_new_tokens, options)
         self.registry.begin()
         scope = self.registry.scope([] if capture is None else [capture])
-        with torch.no_grad(), engine.untouched(self.model), scope:
+        with torch.no_grad(), engine.untouched(self._stateful), scope:
+            loop = LatentLoop(
+                self.nnsight,
+                self.registry,
+                replace(self._map(prompt), final=False),
+                self._chunk_base(prompt),
+                prompt.vision_inputs,
+                spec,
+                self.span_tokens,
+                seed,
+                keep_logits,
+            )
             inputs = {k: v for k, v in prompt.inputs.items() if k not in PIXELS}
             sequences = self.model.generate(
                 **inputs, **options, generation_config=config, custom_generate=loop.__call__
@@ -239,7 +247,7 @@ class LatentModel:
             ),
         )
         how = (max_new_tokens, latents, generation, seed, keep_logits)
-        run = replace(run, options=how)
+        run = replace(run, options=how, acted=self.registry.acting("hook_latent"))
         self.registry.judge(len(run), str(run.trigger))
         return run
 
@@ -351,6 +359,7 @@ class LatentModel:
         Raises:
             EditTouchedNothing: a run inside the block did not reach any position, or changed none.
         """
+        check_arguments(edit=edit, at=at)
         sites = tuple(self.registry.match(site))
         entry = EditEntry(sites, edit, at, Landing(type(edit).__name__, repr(at), sites))
         with self.registry.scope([entry]):
@@ -454,7 +463,7 @@ class LatentModel:
         with torch.no_grad():
             columns = sorted({c + k for c in script.read_at for k in range(_width(targets))} - {-1})
             columns = [c for c in columns if 0 <= c < script.tokens.width]
-            logits = self._read_script(script, columns or [0])
+            logits = self._read_script(script, columns or [0], acted=run.acted)
         return _readout(run, targets, script, logits, columns or [0], unedited, free, self)
 
     def encode(self, text: str) -> list[int]:
@@ -471,13 +480,13 @@ class LatentModel:
         self.registry.begin()
         if isinstance(inputs, Run):
             script = self.script(inputs)
-            logits = self._read_script(script, None)
-            self.registry.judge(len(inputs), str(inputs.trigger))
+            logits = self._read_script(script, None, acted=inputs.acted)
+            self.registry.judge(len(inputs), str(inputs.trigger), inputs.acted)
             return script.tokens, logits
         prompt = inputs if isinstance(inputs, Prompt) else self.prompt(inputs)
         tokens = self._map(prompt)
         chunk = Chunk(tokens, 0, tokens.width, **self._chunk_base(prompt))
-        with engine.untouched(self.model):
+        with engine.untouched(self._stateful):
             inputs = {**prompt.inputs, **self._positions(prompt), "use_cache": False}
             outputs = self.registry.run(self.nnsight, self.model, inputs, chunk)
         self.registry.judge(len(prompt), "a prompt alone holds no latents and no answer")
@@ -504,12 +513,15 @@ class LatentModel:
         script: Script,
         columns: Sequence[int] | None,
         workers: Sequence[engine.Worker] = (),
+        acted: frozenset[int] = frozenset(),
     ) -> torch.Tensor:
-        """Logits of a script at some columns (None: all), as hooks are now."""
+        """Logits of a script at some columns (None: all), as hooks are now; what has `acted` on
+        the run's latents when they were fed does not act on them again."""
         tokens = script.tokens
         has_images = any(k.startswith("pixel") for k in script.inputs)
         chunk = Chunk(tokens, 0, tokens.width, has_images, self._projector_rows(script.inputs))
-        embeds = self.registry.on_latents(script.embeds, chunk, np.arange(tokens.width))
+        columns_read = np.arange(tokens.width)
+        embeds = self.registry.on_latents(script.embeds, chunk, columns_read, acted)
         mask = script.laid[..., None]
         inputs = dict(script.inputs)
         if columns is not None and "unembed.hook_out" not in self.registry.active:
@@ -517,13 +529,26 @@ class LatentModel:
         overlay = None
         if bool(script.laid.any()):
             overlay = lambda own: torch.where(mask, embeds.to(own), own)  # noqa: E731
-        with engine.untouched(self.model):
+        with engine.untouched(self._stateful):
             outputs = self.registry.run(
-                self.nnsight, self.model, inputs, chunk, overlay=overlay, workers=workers
+                self.nnsight,
+                self.model,
+                inputs,
+                chunk,
+                overlay=overlay,
+                workers=[*workers, *self._unembedding(tokens, inputs)],
             )
         if columns is not None and outputs.logits.shape[1] != len(columns):
             return outputs.logits[:, list(columns)]
         return outputs.logits
+
+    def _unembedding(self, tokens: TokenMap, inputs: Mapping[str, Any]) -> list[engine.Worker]:
+        """Where the family's output head reads projected states: what gives it those."""
+        is_latent = torch.as_tensor(tokens.kind == Kind.LATENT)
+        keep = inputs.get("logits_to_keep")
+        return unembed_projected(
+            self.nnsight, self.registry, self.spec, is_latent, None if keep is None else keep.cpu()
+        )
 
     # ---- what there is ----------------------------------------------------------------------
 
@@ -535,20 +560,22 @@ class LatentModel:
         self, names_filter: NamesFilter, *, n_examples: int, n_positions: int
     ) -> int:
         """How large a cache would be, before it is made."""
-        sizes = {
-            "d_model": self.structure.d_model,
-            "vocab": self.structure.d_vocab,
-            "head": self.structure.n_heads,
-            "key": n_positions,
-            "d_mlp": self.model.config.get_text_config().intermediate_size,
-            "d_head": self.structure.d_model // self.structure.n_heads,
-        }
         total = 0
         for name in self.registry.match(names_filter):
-            axes = self.registry[name].kind.axes
-            cells = [sizes.get(axis, 1) for axis in axes if axis not in ("example", "position")]
-            total += n_examples * n_positions * int(np.prod(cells))
+            total += n_examples * n_positions * self._state_size(name, n_positions)
         return total * next(self.model.parameters()).element_size()
+
+    def _state_size(self, name: str, n_positions: int) -> int:
+        """How many numbers a site holds per position (per patch, inside the vision tower)."""
+        site = self.registry[name]
+        if site.kind.slot == "pattern":
+            return self.structure.n_heads * n_positions
+        module = self.model.get_submodule(site.path)
+        if isinstance(module, torch.nn.Linear):
+            return module.in_features if site.kind.slot == "input" else module.out_features
+        if name.startswith("vision_encoder."):
+            return int(self.model.get_submodule(self.structure.vision or "").config.hidden_size)
+        return self.structure.d_model
 
     def _capture(
         self,
@@ -570,13 +597,12 @@ class LatentModel:
             self.structure.image_token_id,
             prompt.pictures,
         )
-        return map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer)
+        return map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer, prompt.keys)
 
     def _positions(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """Explicit positions, so that padding is not counted. Models with multi-axis positions
         count from their token types instead."""
-        accepts = "position_ids" in inspect.signature(self.model.forward).parameters
-        if not accepts or hasattr(self.model.base_model, "get_rope_index"):
+        if not self._takes_positions or hasattr(self.model.base_model, "get_rope_index"):
             return {}
         positions = (prompt.mask.long().cumsum(-1) - 1).clamp_min(0)
         return {"position_ids": positions + int(self.structure.prefix_lm)}
@@ -590,7 +616,8 @@ class LatentModel:
     def _projector_rows(self, inputs: Mapping[str, Any]) -> np.ndarray | None:
         """Where the projector puts each image token, for towers that work in window order."""
         grid = inputs.get("image_grid_thw")
-        if not self.structure.windowed or grid is None:
+        watched = any(name.startswith("vision_projector") for name in self.registry.active)
+        if not self.structure.windowed or grid is None or not watched:
             return None
         from transformers.vision_utils import get_vision_window_index
 

@@ -1,6 +1,7 @@
 """Hook names in TransformerLens spelling, and the filters that select among them."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -10,24 +11,41 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 _IN_ATTENTION = ("q", "k", "v", "z", "pattern")
 _IN_MLP = ("pre", "post")
+_ALIASES = {
+    "attn": "pattern",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "mlp_pre": "pre",
+    "mlp_post": "post",
+}
+_NUMBERED = re.compile(r"([a-z]+)(\d+)")
 
 
 def get_act_name(short: str, layer: int | None = None) -> str:
     """Spell out a short activation name, as TransformerLens' function of the same name does.
 
-    >>> get_act_name("resid_post", 3)
-    'blocks.3.hook_resid_post'
-    >>> get_act_name("z", 0), get_act_name("latent")
-    ('blocks.0.attn.hook_z', 'hook_latent')
+    >>> get_act_name("resid_post", 3), get_act_name("z1"), get_act_name("attn", 0)
+    ('blocks.3.hook_resid_post', 'blocks.1.attn.hook_z', 'blocks.0.attn.hook_pattern')
+    >>> get_act_name("latent"), get_act_name("normalized")
+    ('hook_latent', 'ln_final.hook_normalized')
     """
+    if layer is None and ("." in short or short.startswith("hook_")):
+        return short
+    numbered = _NUMBERED.fullmatch(short)
+    if numbered is not None:
+        short, layer = numbered[1], int(numbered[2])
+    short = _ALIASES.get(short, short)
     if layer is None:
-        return short if "hook_" in short else f"hook_{short}"
+        return f"ln_final.hook_{short}" if short in ("scale", "normalized") else f"hook_{short}"
     group = "attn." if short in _IN_ATTENTION else "mlp." if short in _IN_MLP else ""
     return f"blocks.{layer}.{group}hook_{short}"
 
 
 def match(names: Iterable[str], names_filter: NamesFilter) -> list[str]:
     """List the names that a filter selects: a name or glob, a list of them, a predicate, or None.
+
+    A short name ("resid_post") selects that activation in every layer of the text model.
 
     >>> match(["hook_embed", "blocks.0.hook_resid_post"], "*.hook_resid_post")
     ['blocks.0.hook_resid_post']
@@ -55,6 +73,10 @@ def match(names: Iterable[str], names_filter: NamesFilter) -> list[str]:
 
 def _match_one(known: list[str], pattern: str) -> list[str]:
     found = [name for name in known if fnmatchcase(name, pattern)]
+    if not found and "." not in pattern:  # a short name, in every layer
+        group = "attn." if pattern in _IN_ATTENTION else "mlp." if pattern in _IN_MLP else ""
+        spelled = (f"hook_{pattern}", f"blocks.*.{group}hook_{pattern}")
+        found = [name for name in known if any(fnmatchcase(name, s) for s in spelled)]
     if not found:
         raise HookNameError(f"no site matches {pattern!r}{_nearest(known, pattern)}")
     return found

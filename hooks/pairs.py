@@ -11,7 +11,7 @@ Steps = tuple[int, ...] | None
 Hypothesis = Callable[[Example, Example, Steps], str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pairs:
     """Pairs of inputs: the base receives states, the source donates them.
 
@@ -61,8 +61,18 @@ class Pairs:
     def __iter__(self) -> Iterator[tuple[Example, Example]]:
         return iter(zip(self.base, self.source, strict=True))
 
-    def __getitem__(self, index: slice) -> "Pairs":
-        """Some of the pairs, by slice."""
+    def __repr__(self) -> str:
+        known = f", hypotheses {', '.join(self.hypotheses)}" if self.hypotheses else ""
+        first = f"first: {self.base_answers[0]!r} against {self.source_answers[0]!r}"
+        return f"Pairs of {len(self)} inputs ({first}{known})"
+
+    def __getitem__(self, index: Any) -> "Pairs":
+        """Some of the pairs, by slice; single inputs are `pairs.base[i]` and `pairs.source[i]`."""
+        if not isinstance(index, slice):
+            raise TypeError(
+                f"pairs are taken by slice: pairs[{index}:{index + 1}], or pairs.base[{index}] for "
+                "one input"
+            )
         start = range(len(self))[index]
         return Pairs(
             [self.base[i] for i in start],

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from imaginelens.hooks.edits import AddNoise, Edit, Noise, Resample, Shuffle, Swap
 from imaginelens.hooks.entries import EditEntry
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import DonorError, InputError
 from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.metrics import Metric, Readout, Targets, targets_of
 from imaginelens.hooks.names import NamesFilter
@@ -33,7 +33,9 @@ class PatchResult:
         answers_before, answers_after: what was answered.
         texts_before, texts_after: what was written (in fixed context, the same).
         landing: the proof of the edit.
-        run: the edited generation, in free context.
+        parse_coverage: share of examples, over all draws, whose answer was found with the edit.
+        run: the edited generation, in free context. Of a random edit with several draws, `after`
+            is the mean (nan if an answer is missing in any), the rest is the first draw's.
     """
 
     before: Float[torch.Tensor, " example"]
@@ -45,6 +47,7 @@ class PatchResult:
     landing: Landing
     metric: Metric
     context: Context
+    parse_coverage: float
     run: Run | None = None
 
     @property
@@ -56,11 +59,6 @@ class PatchResult:
     def texts(self) -> tuple[tuple[str, str], ...]:
         """What was written, before and after, per example."""
         return tuple(zip(self.texts_before, self.texts_after, strict=True))
-
-    @property
-    def parse_coverage(self) -> float:
-        """Share of examples whose answer was found with the edit."""
-        return sum(a is not None for a in self.answers_after) / len(self.answers_after)
 
     def __repr__(self) -> str:
         n = len(self.before)
@@ -76,6 +74,17 @@ class PatchResult:
         return "\n".join(lines + (["  ..."] if n > 4 else []))
 
 
+def check_arguments(*, edit: Any = None, at: Any = None, metric: Any = None) -> None:
+    """Refuse what is no edit, selector or metric before anything runs."""
+    for what, value, wanted, example in (
+        ("edit", edit, Edit, "il.Zero() or il.Swap(donor)"),
+        ("at", at, Positions, "il.latent or il.image[0]"),
+        ("metric", metric, Metric, "il.logit_diff or il.log_prob"),
+    ):
+        if value is not None and not isinstance(value, wanted):
+            raise InputError(f"{what} is {value!r}, expected something like {example}")
+
+
 def patch(
     lens: "LatentModel",
     *,
@@ -89,6 +98,7 @@ def patch(
     source_answers: str | Sequence[str] | None = None,
 ) -> PatchResult:
     """Run the base with the source's states at some sites and positions (denoising)."""
+    check_arguments(at=at, metric=metric)
     base_run = _as_run(lens, base)
     sites = lens.registry.match(site)
     donor = _donor(lens, source, sites, at, context)
@@ -121,6 +131,7 @@ def ablate(
 
     Random edits are drawn `edit.draws` times and their metric is averaged.
     """
+    check_arguments(edit=edit, at=at, metric=metric)
     run = _as_run(lens, inputs)
     sites = lens.registry.match(site)
     if isinstance(edit, Shuffle) and edit.run is None:
@@ -134,8 +145,10 @@ def ablate(
         )
         for draw in range(draws)
     ]  # fmt: skip
+    found = sum(a is not None for r in results for a in r.answers_after)
+    coverage = found / (len(run) * len(results))
     mean = torch.stack([r.after for r in results]).mean(0)
-    return replace(results[0], after=mean)
+    return replace(results[0], after=mean, parse_coverage=coverage)
 
 
 def edited(
@@ -184,6 +197,7 @@ def edited(
         landing=entry.landing,
         metric=metric,
         context=context,
+        parse_coverage=sum(a is not None for a in after.answers) / len(run),
         run=new,
     )
 
@@ -203,7 +217,7 @@ def _read_again(
 def _judged(lens: "LatentModel", run: Run) -> Iterator[None]:
     lens.registry.begin()
     yield
-    lens.registry.judge(len(run), str(run.trigger))
+    lens.registry.judge(len(run), str(run.trigger), run.acted)
 
 
 def _donor(
@@ -218,8 +232,12 @@ def _donor(
         _, cache = lens.run_with_cache(run, names_filter=modules)
         return replace(run, cache=cache)
     if isinstance(source, Run):
-        if all(s in source.cache for s in modules):
+        try:
+            for module in modules:
+                source.states(module, at)
             return source
+        except DonorError:  # not captured there: run it again, and capture
+            pass
         return lens.rerun(source, names_filter=modules, positions=(at,))
     return lens.run(source, names_filter=modules, positions=(at,))
 

@@ -70,11 +70,13 @@ class Spans:
 class ImagePositions(Positions):
     """Image tokens; `[k]` picks an image, `[rows, cols]` cells of its grid."""
 
-    image: int | None = None
+    image: Index = None
     cells: tuple[Index, Index] | None = None
 
     def __getitem__(self, index: Any) -> "ImagePositions":
         if isinstance(index, tuple):
+            if len(index) != 2:
+                raise PositionError(f"image cells are [rows, columns], not {len(index)} indices")
             return ImagePositions(self.image, index)
         if self.image is not None:
             return ImagePositions(self.image, (index, None))
@@ -82,21 +84,30 @@ class ImagePositions(Positions):
 
     def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
         columns = tokens.columns(row, Kind.IMAGE)
-        if self.image is not None:
-            columns = columns[tokens.image[row, columns] == self.image]
-        if self.cells is None:
-            return columns
-        for axis, index in enumerate(self.cells):
-            size = (
-                max((g.rows, g.cols)[axis] for g in tokens.grids[row]) if tokens.grids[row] else 0
+        grids = tokens.grids[row]
+        wanted = np.arange(len(grids))[_as_slice(self.image, len(grids), "image")]
+        kept = [c for k in wanted for c in columns[tokens.image[row, columns] == k]]
+        if self.cells is not None:
+            kept = [c for c in kept if self._shows(tokens, row, int(c))]
+        return np.array(sorted(kept), dtype=int)
+
+    def _shows(self, tokens: TokenMap, row: int, column: int) -> bool:
+        """Whether a token's cell is among those asked for, counted in its own image's grid."""
+        assert self.cells is not None
+        grid = tokens.grids[row][int(tokens.image[row, column])]
+        return all(
+            int(cell) in range(size)[_as_slice(index, size, "cell")]
+            for cell, size, index in zip(
+                tokens.cell[row, column], (grid.rows, grid.cols), self.cells, strict=True
             )
-            wanted = np.atleast_1d(np.arange(size)[_as_slice(index, size)])
-            columns = columns[np.isin(tokens.cell[row, columns, axis], wanted)]
-        return columns
+        )
 
     def __repr__(self) -> str:
-        cells = "" if self.cells is None else f"[{', '.join(_spell(c)[1:-1] for c in self.cells)}]"
-        return f"image{'' if self.image is None else f'[{self.image}]'}{cells}"
+        image = f"image{_spell(self.image)}"
+        if self.cells is None:
+            return image
+        shown = [c for c in self.cells if c is not None] if self.image is not None else self.cells
+        return f"{image}[{', '.join(_spell(c)[1:-1] or ':' for c in shown)}]"
 
 
 @dataclass(frozen=True)
@@ -198,12 +209,12 @@ def _take(columns: np.ndarray, index: Index, tokens: TokenMap, selector: Positio
     return columns[index]
 
 
-def _as_slice(index: Index, size: int) -> slice:
+def _as_slice(index: Index, size: int, what: str) -> slice:
     if index is None:
         return slice(None)
     if isinstance(index, int):
         if not -size <= index < size:
-            raise PositionError(f"image cell {index} is outside the grid of {size} cells")
+            raise PositionError(f"{what} {index} is outside of 0..{size - 1}")
         return slice(index, index + 1 or None)
     return index
 
@@ -214,4 +225,4 @@ def _spell(index: Index) -> str:
     if isinstance(index, int):
         return f"[{index}]"
     start, stop = ("" if e is None else e for e in (index.start, index.stop))
-    return f"[{start}:{stop}]"
+    return f"[{start}:{stop}{'' if index.step is None else f':{index.step}'}]"

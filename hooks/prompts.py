@@ -1,5 +1,6 @@
 """From what users hold in hand (pictures and a question, or a processor's dict) to one batch."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.spec import PromptStyle
 
 PIXELS = ("pixel_values", "pixel_values_videos", "image_patches")
 # Fields with one row per example; the others (pixels, grids) are packed over the batch.
@@ -43,6 +45,20 @@ class Prompt:
         return {k: v for k, v in self.inputs.items() if k not in ROW_FIELDS}
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What identifies each example by its content: its token ids and its pictures; where the
+        pictures are not known, also its number in the batch."""
+        found = []
+        for row, (ids, mask) in enumerate(zip(self.inputs["input_ids"], self.mask, strict=True)):
+            content = hashlib.blake2b(ids[mask.bool()].cpu().numpy().tobytes(), digest_size=8)
+            for picture in self.pictures[row] if self.pictures is not None else ():
+                content.update(picture.tobytes())
+            if self.pictures is None:
+                content.update(str(row).encode())
+            found.append(content.hexdigest())
+        return tuple(found)
+
+    @property
     def mask(self) -> torch.Tensor:
         """(example, position), 1 at real tokens."""
         ids = self.inputs["input_ids"]
@@ -57,12 +73,14 @@ def make_prompt(
     model: PreTrainedModel,
     processor: Any,
     image_token_id: int | None,
+    style: PromptStyle | None = None,
 ) -> Prompt:
     """Turn what a user gave into one left-padded batch on the model's device.
 
     Args:
         inputs: an example `{"images": ..., "text": ...}`, a list of them, or a processor's dict.
         images, text: the parts of one example, instead of `inputs`.
+        style: how the family was prompted, for texts that go through the chat template.
 
     Raises:
         InputError: nothing was given, an image is broken, or the model cannot take the input.
@@ -77,16 +95,23 @@ def make_prompt(
         prompt = Prompt(dict(inputs), None, single=len(inputs["input_ids"]) == 1)
     else:
         examples = [inputs] if isinstance(inputs, Mapping) else _as_list(inputs)
+        pictured = any(isinstance(e, Mapping) and _pictured(e.get("images")) for e in examples)
+        if pictured and image_token_id is None:
+            name = type(model).__name__
+            raise InputError(f"{name} is a text-only model and got images; leave them out")
         if examples and all(_is_encoded(e) for e in examples):
             raise InputError(
                 f"a list of {len(examples)} encoded inputs cannot be padded safely here; call the "
                 "processor once with all texts and images, or pass the raw examples as a list"
             )
-        prompt = _encode(examples, processor, image_token_id, single=isinstance(inputs, Mapping))
+        single = isinstance(inputs, Mapping)
+        prompt = _encode(examples, processor, image_token_id, style or PromptStyle(), single=single)
     return _checked(prompt, model, image_token_id)
 
 
 def _as_list(inputs: Any) -> list[Any]:
+    if hasattr(inputs, "base") and hasattr(inputs, "source"):
+        raise InputError("cannot run Pairs as they are; run pairs.base or pairs.source")
     if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence):
         raise InputError(
             f"cannot run a {type(inputs).__name__}; pass {{'images': ..., 'text': ...}}, a list of "
@@ -97,12 +122,21 @@ def _as_list(inputs: Any) -> list[Any]:
     return list(inputs)
 
 
+def _pictured(images: Any) -> bool:
+    return images is not None and (not isinstance(images, list | tuple) or len(images) > 0)
+
+
 def _is_encoded(inputs: Any) -> bool:
     return isinstance(inputs, Mapping | BatchFeature) and "input_ids" in inputs
 
 
 def _encode(
-    examples: list[Any], processor: Any, image_token_id: int | None, *, single: bool
+    examples: list[Any],
+    processor: Any,
+    image_token_id: int | None,
+    style: PromptStyle,
+    *,
+    single: bool,
 ) -> Prompt:
     if processor is None:
         raise InputError(
@@ -117,13 +151,21 @@ def _encode(
             )
         found = _pictures(example.get("images"), i)
         pictures.append(found)
-        texts.append(_templated(example["text"], len(found), processor, image_token_id))
+        texts.append(_templated(example["text"], len(found), processor, image_token_id, style))
     kwargs: dict[str, Any] = {"text": texts, "return_tensors": "pt"}
     if any(pictures):
         kwargs["images"] = [list(p) for p in pictures]
     if len(texts) > 1:
         kwargs |= {"padding": True, "padding_side": "left"}
-    return Prompt(dict(processor(**kwargs)), tuple(pictures), single)
+    try:
+        encoded = dict(processor(**kwargs))
+    except ValueError as error:
+        counts = [len(p) for p in pictures]
+        raise InputError(
+            f"{type(processor).__name__} cannot encode the examples, which have {counts} images: "
+            + str(error).rstrip(".")
+        ) from error
+    return Prompt(encoded, tuple(pictures), single)
 
 
 def _pictures(images: Any, number: int) -> tuple[Image.Image, ...]:
@@ -151,7 +193,9 @@ def _picture(image: Any, number: int) -> Image.Image:
     return loaded
 
 
-def _templated(text: str, n_images: int, processor: Any, image_token_id: int | None) -> str:
+def _templated(
+    text: str, n_images: int, processor: Any, image_token_id: int | None, style: PromptStyle
+) -> str:
     """The text as the model expects it: through the chat template, unless it is already there."""
     tokenizer = getattr(processor, "tokenizer", processor)
     marker = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
@@ -167,8 +211,14 @@ def _templated(text: str, n_images: int, processor: Any, image_token_id: int | N
             )
         return text
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if style.system is not None:
+        system = [{"type": "text", "text": style.system}]
+        messages = [{"role": "system", "content": system}, *messages]
+    written = processor.apply_chat_template(
+        messages, add_generation_prompt=style.reply is None, tokenize=False
+    )
+    return str(written) + (style.reply or "")
 
 
 def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None) -> Prompt:
@@ -180,7 +230,7 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
     if image_token_id is None and prompt.has_images:
         raise InputError(f"{name} is a text-only model and got images; leave them out")
     mask = inputs.get("attention_mask")
-    if mask is not None and len(ids) > 1 and bool((mask[:, -1] == 0).any()):
+    if mask is not None and bool((mask[:, -1] == 0).any()):
         raise InputError(
             "the batch is padded on the right, where generation continues; "
             "call the processor with padding_side='left'"

@@ -6,7 +6,8 @@ the registry for one worker per active site; entries of a site act in the order 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import nnsight
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from imaginelens.hooks import engine
 from imaginelens.hooks.attention import patterns
 from imaginelens.hooks.edits import Edit
-from imaginelens.hooks.entries import Chunk, EditEntry, Entry, HookEntry, HookFn
+from imaginelens.hooks.entries import Chunk, EditEntry, Entry, HookEntry, HookFn, HookPoint
 from imaginelens.hooks.errors import SiteUnavailable
 from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.names import NamesFilter, match
@@ -25,7 +26,7 @@ from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.sites import Site, SiteTable
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class HookRegistry(Mapping[str, Site]):
     """Every site of a model by name, and what is active on it.
 
@@ -35,6 +36,10 @@ class HookRegistry(Mapping[str, Site]):
 
     table: SiteTable
     entries: list[Entry] = field(default_factory=list)
+    points: dict[str, HookPoint] = field(default_factory=dict)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.table
 
     def __getitem__(self, name: str) -> Site:
         return self.table[name]
@@ -45,6 +50,15 @@ class HookRegistry(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self.table)
 
+    def __repr__(self) -> str:
+        of = self.table.model
+        lines = [f"HookRegistry of {of}: {len(self)} sites, {len(self.entries)} active"]
+        lines += [
+            f"  {site}: {', '.join(_named(entry) for entry in entries)}"
+            for site, entries in self.active.items()
+        ]
+        return "\n".join(lines)
+
     def match(self, names_filter: NamesFilter) -> list[str]:
         """List the names of the sites that a filter selects.
 
@@ -53,14 +67,12 @@ class HookRegistry(Mapping[str, Site]):
             SiteUnavailable: the filter names a site that this model cannot offer, and why.
         """
         wanted = [names_filter] if isinstance(names_filter, str) else names_filter
-        if not callable(wanted) and wanted is not None:
-            for name in wanted:
-                if name in self.table.unavailable:
-                    self.table[name]  # raises with the reason
-        if isinstance(names_filter, str) and "*" in names_filter and names_filter not in self.table:
-            missing = [n for n in self.table.unavailable if n == names_filter]
-            if missing:
-                raise SiteUnavailable(self.table.unavailable[missing[0]])
+        if wanted is not None and not callable(wanted):
+            for pattern in wanted:
+                if not any(fnmatchcase(name, pattern) for name in self.table):
+                    for name in self.table.unavailable:
+                        if fnmatchcase(name, pattern):
+                            self.table[name]  # raises with the reason
         return match(self.table, names_filter)
 
     def add(
@@ -83,6 +95,11 @@ class HookRegistry(Mapping[str, Site]):
                 raise TypeError(
                     f"{type(action).__name__} needs to know where: pass at=il.latent, "
                     "at=il.latent[2], at=il.image or another selector"
+                )
+            if permanent or direction != "fwd":
+                raise TypeError(
+                    f"{type(action).__name__} cannot be permanent or act backwards; hook functions "
+                    "can, edits hold until registry.clear() or for a block of lens.edit"
                 )
             landing = Landing(type(action).__name__, repr(at), sites)
             entry = EditEntry(sites, action, at, landing)
@@ -113,12 +130,12 @@ class HookRegistry(Mapping[str, Site]):
     @contextmanager
     def scope(self, extra: Sequence[Entry] = ()) -> Iterator[None]:
         """Activate entries for the duration of a block; afterwards everything is as it was."""
-        before = list(self.entries)
+        before, points = list(self.entries), dict(self.points)
         self.entries = before + list(extra)
         try:
             yield
         finally:
-            self.entries = before
+            self.entries, self.points = before, points
 
     def begin(self) -> None:
         """Start a call: landings are judged call by call."""
@@ -129,14 +146,30 @@ class HookRegistry(Mapping[str, Site]):
         """The active edits."""
         return [e for e in self.entries if isinstance(e, EditEntry)]
 
-    def judge(self, n_rows: int, seen: str) -> None:
-        """End a call: refuse it if an active edit did nothing."""
+    def judge(self, n_rows: int, seen: str, acted: frozenset[int] = frozenset()) -> None:
+        """End a call: refuse it if an active edit did nothing. Edits of latents that had `acted`
+        before, on the run that is read, have nothing left to do."""
         for entry in self.edits():
-            entry.judge(n_rows, seen)
+            if entry.number not in acted or set(entry.sites) != {"hook_latent"}:
+                entry.judge(n_rows, seen)
 
-    def on_latents(self, z: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
-        """Show the states about to be fed back, (example, position, d_model), to `hook_latent`."""
-        return self._compose("hook_latent", chunk, columns)(z) if self._acts("hook_latent") else z
+    def acting(self, site: str) -> frozenset[int]:
+        """The numbers of what is active at a site."""
+        return frozenset(entry.number for entry in self.entries if site in entry.sites)
+
+    def on_latents(
+        self,
+        z: torch.Tensor,
+        chunk: Chunk,
+        columns: np.ndarray,
+        acted: frozenset[int] = frozenset(),
+    ) -> torch.Tensor:
+        """Show the states about to be fed back, (example, position, d_model), to `hook_latent`,
+        but not to what has `acted` on them before."""
+        if not self.acting("hook_latent") - acted:
+            return z
+        chunk = replace(chunk, points=self.points)
+        return self._compose("hook_latent", chunk, columns, acted)(z)
 
     def run(
         self,
@@ -156,6 +189,7 @@ class HookRegistry(Mapping[str, Site]):
             read: functions shown the value of a site after all hooks (the loop's own reads).
             workers: bare workers for the same trace.
         """
+        chunk = replace(chunk, points=self.points)
         values = {name: self._compose(name, chunk, None) for name in self.active}
         values.pop("hook_latent", None)
         if not chunk.has_images:
@@ -179,9 +213,6 @@ class HookRegistry(Mapping[str, Site]):
         with patterns(model, pattern_hooks):
             return engine.forward(wrapped, [*workers, *(w for _, w in at_sites)], inputs)
 
-    def _acts(self, site: str) -> bool:
-        return any(site in entry.sites for entry in self.entries)
-
     def _worker(
         self, wrapped: nnsight.NNsight, site: Site, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[int, engine.Worker]:
@@ -192,10 +223,14 @@ class HookRegistry(Mapping[str, Site]):
         return 1, engine.visit(wrapped, site.path, site.kind.slot, fn)
 
     def _compose(
-        self, name: str, chunk: Chunk, columns: np.ndarray | None
+        self,
+        name: str,
+        chunk: Chunk,
+        columns: np.ndarray | None,
+        acted: frozenset[int] = frozenset(),
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         site = self.table[name]
-        entries = [entry for entry in self.entries if name in entry.sites]
+        entries = [e for e in self.entries if name in e.sites and e.number not in acted]
 
         def act_on(value: torch.Tensor) -> torch.Tensor:
             act = _shaped(site, value)
@@ -211,6 +246,12 @@ class HookRegistry(Mapping[str, Site]):
             return value if act is shown else _unshaped(site, act, value)
 
         return act_on
+
+
+def _named(entry: Entry) -> str:
+    if isinstance(entry, EditEntry):
+        return f"{type(entry.edit).__name__} at {entry.at!r}"
+    return str(getattr(getattr(entry, "fn", entry), "__name__", type(entry).__name__))
 
 
 def _then(

@@ -1,7 +1,7 @@
 """What one run leaves behind: text, answer, latents, the map of its tokens, and why it stopped."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,7 @@ class Run:
         logits: of every generated position, if `keep_logits` was given.
         found_answers: the answer of each example; read `answer` or `answers` instead.
         position_ids: the positions the model was given, of everything it read.
+        acted: what was active at `hook_latent`: the latents already are what it made of them.
         options: how it was generated, so that it can be generated again.
         seconds, forwards: what it cost.
     """
@@ -78,6 +79,7 @@ class Run:
     cache: ActivationCache
     found_answers: tuple[str | None, ...]
     position_ids: torch.Tensor | None = None
+    acted: frozenset[int] = frozenset()
     options: tuple[Any, ...] = ()
     logits: Float[torch.Tensor, "example generated vocab"] | None = None
     seconds: float = 0.0
@@ -119,6 +121,9 @@ class Run:
             DonorError: the run did not capture that site at all of those positions.
         """
         columns = [at.resolve(self.tokens, row) for row in range(len(self))]
+        return replace(self._states(site, at, columns), keys=self.tokens.keys)
+
+    def _states(self, site: str, at: Positions, columns: Sequence[np.ndarray]) -> States:
         if site == "hook_latent":
             return pad([self._latents_at(row, c) for row, c in enumerate(columns)])
         if site not in self.cache:
@@ -127,11 +132,32 @@ class Run:
                 f"the donor run captured {held}, not {site!r}; make it with "
                 f"lens.run(inputs, names_filter={site!r}, positions={at!r})"
             )
+        if site in self.cache.slots:
+            return pad([self._projected_at(site, row, c, at) for row, c in enumerate(columns)])
+        if site not in self.cache.columns:
+            raise DonorError(
+                f"{site!r} has no token positions, so {at!r} cannot be found in the donor run; "
+                "pass a tensor (example, position, ...) as the donor"
+            )
         return pad([self._cached_at(site, row, c, at) for row, c in enumerate(columns)])
 
     def _latents_at(self, row: int, columns: np.ndarray) -> torch.Tensor:
         steps = self.tokens.step[row, columns]
         return self.latents[row, steps[steps >= 0]]
+
+    def _projected_at(
+        self, site: str, row: int, columns: np.ndarray, at: Positions
+    ) -> torch.Tensor:
+        """States of image tokens at the projector, whose rows are tokens in an order of its own."""
+        slots = {(r, c): i for r, c, i in self.cache.slots[site].tolist()}
+        missing = [int(c) for c in columns if (row, int(c)) not in slots]
+        if missing:
+            raise DonorError(
+                f"columns {missing} ({at!r}) of row {row} show no image, and {site!r} has only "
+                "image tokens; select with il.image"
+            )
+        flat = self.cache.activations[site].flatten(0, -2)
+        return flat[[slots[row, int(c)] for c in columns]]
 
     def _cached_at(self, site: str, row: int, columns: np.ndarray, at: Positions) -> torch.Tensor:
         held = self.cache.columns[site][row].tolist()
@@ -215,6 +241,7 @@ def assemble(
         if not table[name].is_vision:
             columns[name] = torch.arange(tokens.width)[-act.shape[1] :].repeat(len(act), 1)
     for name, cells in capture.cells.items():
+        cells = _alike(cells)
         rows = [_row_cells(cells, row, tokens, positions) for row in range(len(tokens))]
         filled = [torch.stack([v for _, v in row]) for row in rows if row]
         if not filled:
@@ -226,7 +253,19 @@ def assemble(
         width = values[name].shape[1]
         columns[name] = torch.tensor([[c for c, _ in r] + [-1] * (width - len(r)) for r in rows])
     ordered = {name: values[name] for name in capture.sites if name in values}
-    return ActivationCache(ordered, columns, axes)
+    blocks = [int(n.split(".")[1]) for n in table if n.startswith("blocks.")]
+    return ActivationCache(ordered, columns, axes, dict(capture.slots), max(blocks) + 1)
+
+
+def _alike(
+    cells: Sequence[tuple[int, int, torch.Tensor]],
+) -> list[tuple[int, int, torch.Tensor]]:
+    """The cells with their last axis filled up with zeros: patterns grow by a key per step."""
+    width = max((value.shape[-1] for _, _, value in cells), default=0)
+    return [
+        (row, column, torch.nn.functional.pad(value, (0, width - value.shape[-1])))
+        for row, column, value in cells
+    ]
 
 
 def _row_cells(

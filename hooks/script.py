@@ -97,6 +97,7 @@ def _with_endings(tokens: TokenMap, endings: Sequence[Sequence[int]]) -> TokenMa
         grids=tokens.grids,
         tokenizer=tokens.tokenizer,
         prompt_width=tokens.prompt_width,
+        keys=tokens.keys,
     )
 
 

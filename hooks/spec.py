@@ -7,9 +7,28 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 
+from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.errors import CheckpointError
 
 Token = str | int | None
+Hidden = Float[torch.Tensor, "*cell d_model"]
+Project = Callable[[Hidden, Bool[torch.Tensor, "*cell"]], Hidden]
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a family's authors prompted it; only for texts that go through the chat template.
+
+    Attributes:
+        system: the system message; None leaves the template's own.
+        suffix: what their evaluation put behind a multiple-choice question. It is never added for
+            you, because it is wrong for any other question.
+        reply: the text behind which the model writes, where it is not the template's own.
+    """
+
+    system: str | None = None
+    suffix: str = ""
+    reply: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +40,33 @@ class LatentSpec:
         open, close, pad: the span's tokens, as strings (looked up in the tokenizer) or ids.
             `pad` stands in the token ids where a latent is fed.
         config_keys: config keys that hold the ids, tried after the strings.
+        steps_key: the config key that sets `max_steps`, and what its value is multiplied by.
         trigger: who opens a span: the model by sampling `open`, or the loop (`forced`) at
             generated position `forced_at`.
         slot: `after`: the open token's embedding is consumed, z_0 goes into the next slot.
             `replace`: z_0 overwrites the open token's own slot.
         max_steps: the most latents of one span.
+        budget: the most latents of a run, over all its spans; None is no such limit. A span that
+            meets it ends there, and an open token sampled later opens nothing.
         fixed: always `max_steps` latents; a sampled close token does not end the span early.
-        force_close: at the cap the close token is emitted, whatever was sampled.
+        force_close: at the end of a span the close token is emitted, whatever was sampled.
         emit: what the token ids show inside a span: `pad`, or the tokens as `sampled`.
+        reopens: an open token sampled inside a span ends it and opens the next (Mirage and what
+            was made of its code); otherwise it is ignored like any other token.
         multi_span: whether a second span ends like the first (False reproduces Mirage's release,
             in which it never does).
-        project: maps the last hidden state (after the final norm) to the fed embedding.
-        criterion: ends a span by its state: True where the row's hidden state is the end.
+        project: makes the fed embedding from the last hidden state (after the final norm), given
+            the state and whether the input at its position was itself a latent: LVR's head skips
+            the first latent of a span. None feeds the state as it is.
+        project_unembeds: the output head reads the projected state as well.
+        criterion: ends a span by its state: True where the state that was read last is the end.
+            That state has been fed by then. None is no such end.
+        extras: names, or beginnings of names, of weights that a checkpoint holds beside the model.
+        equip: makes the spec of a checkpoint from this one, its config and those weights.
+        prompt: how its authors prompted it.
+        answer: finds the answer in what it writes, unless a user gives another finder.
+        marks: config keys that only this family writes; they decide where strings do not.
+        checkpoints: Hub ids of the family, which decide as well.
 
     >>> LatentSpec(name="mine", open="<lat>", close="</lat>", pad="<pad>", max_steps=4).slot
     'after'
@@ -44,24 +78,53 @@ class LatentSpec:
     pad: Token
     max_steps: int
     config_keys: Mapping[str, str] | None = None
+    steps_key: tuple[str, int] | None = None
     trigger: Literal["sampled", "forced"] = "sampled"
     forced_at: int = 0
     slot: Literal["after", "replace"] = "after"
+    budget: int | None = None
     fixed: bool = False
     force_close: bool = True
     emit: Literal["pad", "sampled"] = "pad"
+    reopens: bool = False
     multi_span: bool = True
-    project: Callable[[torch.Tensor], torch.Tensor] | None = None
+    project: Project | None = None
+    project_unembeds: bool = False
     criterion: Callable[[Float[torch.Tensor, "row d_model"]], Bool[torch.Tensor, " row"]] | None = (
         None
     )
+    extras: tuple[str, ...] = ()
+    equip: Callable[["LatentSpec", Any, Mapping[str, torch.Tensor]], "LatentSpec"] | None = None
+    prompt: PromptStyle = PromptStyle()
+    answer: AnswerFinder | None = None
+    marks: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ValueError(
                 f"LatentSpec {self.name!r} has max_steps={self.max_steps}, expected 1 or more; "
-                "for a model without latents pass spec=None"
+                "for a model without latents pass spec=False"
             )
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(
+                f"LatentSpec {self.name!r} has budget={self.budget}, expected 1 or more; "
+                "for a run without latents pass latents=il.Skip()"
+            )
+
+    def with_steps(self, n: int) -> "LatentSpec":
+        """The same family with another number of steps: of LVR 4, 8 and 16 are evaluated.
+
+        >>> from imaginelens.hooks import FAMILIES
+        >>> FAMILIES["lvr"].with_steps(4).max_steps
+        4
+        """
+        return replace(self, max_steps=n)
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Those of the span's tokens that are given as strings."""
+        return tuple(t for t in (self.open, self.close, self.pad) if isinstance(t, str))
 
     def resolve(self, tokenizer: Any, config: Any) -> "SpanTokens":
         """Find the ids of the span's tokens: by string, then by config key, then as given.
@@ -86,7 +149,7 @@ class LatentSpec:
         raise CheckpointError(
             f"the {self.name} family needs a {part} token: {token!r} is not in the tokenizer"
             f"{f' and {key!r} is not in the config' if key else ''}; "
-            f"pass spec=LatentSpec(..., {part}=<id>)"
+            f"pass spec=dataclasses.replace(spec, {part}=<id>)"
         )
 
 
@@ -103,11 +166,14 @@ class SpanTokens:
 class Skip:
     """Loop control: the open token is never sampled, so no span opens."""
 
+    def applied_to(self, spec: LatentSpec | None) -> None:
+        """A run without a family: nothing opens a span, a prompt that ends open included."""
+
 
 @dataclass(frozen=True)
 class Force:
     """Loop control: every span has exactly `steps` latents; with `at`, one opens at that generated
-    position whatever the model would have written there."""
+    position whatever the model would have written there. How a span closes stays the family's."""
 
     steps: int
     at: int | None = None
@@ -122,5 +188,7 @@ class Force:
             raise CheckpointError(
                 "il.Force needs a model with a latent family; pass spec=LatentSpec(...) to it"
             )
-        forced = replace(spec, max_steps=self.steps, fixed=True, force_close=True, criterion=None)
+        forced = replace(
+            spec, max_steps=self.steps, fixed=True, criterion=None, budget=None, multi_span=True
+        )
         return forced if self.at is None else replace(forced, trigger="forced", forced_at=self.at)

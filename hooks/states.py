@@ -18,10 +18,12 @@ class States:
     Attributes:
         values: (example, ordinal, ...), zero where the mask is False.
         mask: which ordinals each example really has.
+        keys: what identifies each example, where that is known.
     """
 
     values: Shaped[torch.Tensor, "example ordinal ..."]
     mask: Bool[torch.Tensor, "example ordinal"]
+    keys: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.values)

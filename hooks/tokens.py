@@ -53,12 +53,13 @@ class Token:
     box: tuple[float, float, float, float] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenMap:
     """The map of a batch, one row per example; left padding included.
 
-    All arrays are (example, position). While a run is being generated the map grows by a column per
-    step and `final` is False: places that depend on what is still to come do not resolve yet.
+    `keys` identify the examples by their content, whatever batch they are in. All arrays are
+    (example, position). While a run is being generated the map grows by a column per step and
+    `final` is False: places that depend on what is still to come do not resolve yet.
     """
 
     ids: np.ndarray
@@ -71,7 +72,16 @@ class TokenMap:
     grids: tuple[tuple[ImageGrid, ...], ...]
     tokenizer: Any
     prompt_width: int
+    keys: tuple[str, ...]
     final: bool = True
+
+    def __repr__(self) -> str:
+        rows = [
+            f"  {row}: " + ", ".join(f"{n} {kind}" for kind, n in describe(self, row).items() if n)
+            for row in range(min(len(self), 4))
+        ]
+        more = ["  ..."] if len(self) > 4 else []
+        return "\n".join([f"TokenMap of {len(self)} x {self.width} positions", *rows, *more])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -169,7 +179,11 @@ class TokenMap:
 
 
 def map_prompt(
-    ids: np.ndarray, mask: np.ndarray, layouts: Sequence[Layout], tokenizer: Any
+    ids: np.ndarray,
+    mask: np.ndarray,
+    layouts: Sequence[Layout],
+    tokenizer: Any,
+    keys: Sequence[str],
 ) -> TokenMap:
     """Map the tokens of a left-padded prompt batch."""
     kind = np.where(mask == 0, Kind.PAD, Kind.TEXT).astype(np.int8)
@@ -184,7 +198,17 @@ def map_prompt(
         box[row, layout.columns] = layout.boxes
     grids = tuple(layout.grids for layout in layouts)
     tokens = TokenMap(
-        ids, kind, image, cell, box, blank, blank.copy(), grids, tokenizer, ids.shape[1]
+        ids,
+        kind,
+        image,
+        cell,
+        box,
+        blank,
+        blank.copy(),
+        grids,
+        tokenizer,
+        ids.shape[1],
+        tuple(keys),
     )
     for row in range(len(ids)):
         _mark_system(tokens, row)
@@ -222,7 +246,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [f"[{token}]" for token in ids]
     key = _Hashable(tokenizer)
-    before = [None, *ids[:-1]]
+    before = [None, *ids][: len(ids)]
     return [_piece(key, prev, token) for prev, token in zip(before, ids, strict=True)]
 
 

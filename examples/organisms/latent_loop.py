@@ -1,8 +1,9 @@
-"""The latent loop in plain PyTorch, differentiable and batched: what `train.py` trains through.
+"""The loops in plain PyTorch, batched: `rollout` thinks in latents, `speak` in words.
 
-It runs the model exactly as a decoder with a key/value cache does: prompt and `<|latent_start|>` in
-one forward, then one short forward per latent step, whose input embedding is the final-norm hidden
-state of the position before. Boards all have the same size, so prompts need no padding.
+`rollout` is differentiable, `train.py` trains through it. It runs the model exactly as a decoder
+with a key/value cache does: prompt and `<|latent_start|>` in one forward, then one short forward
+per latent step, whose input embedding is the final-norm hidden state of the position before. Boards
+all have the same size, so prompts need no padding.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 from imaginelens.organisms.checkpoint import VOCABULARY, patchify
 from imaginelens.organisms.hunt import CARDS, Hunt, render
 
+WORDS = list(VOCABULARY)
+
 # sees (step, state about to be fed, (example, d_model)) and returns what is fed instead
 Edit = Callable[[int, Tensor], Tensor]
+# sees (index, words just written, one per example) and returns what the model reads instead
+Rewrite = Callable[[int, list[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,44 @@ def _decode(
     return model.model.language_model(
         inputs_embeds=inputs, position_ids=places, past_key_values=cache, use_cache=True
     ).last_hidden_state
+
+
+def read(model: Qwen2_5_VLForConditionalGeneration, ids: Tensor, features: Tensor) -> Tensor:
+    """Final-norm hidden states of equally long rows, all given: (example, position, d_model)."""
+    return model.model.language_model(
+        inputs_embeds=embed(model, ids, features),
+        position_ids=positions(model, ids),
+        use_cache=False,
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def speak(
+    model: Qwen2_5_VLForConditionalGeneration,
+    gallery: Gallery,
+    *,
+    length: int,
+    rewrite: Rewrite | None = None,
+) -> list[list[str]]:
+    """Write greedily for `length` words; the words of each example, as it wrote them.
+
+    What `rewrite` changes is what is read afterwards, and returned.
+    """
+    ids = token_ids([prompt_words(hunt.question) for hunt in gallery.hunts])
+    blank = torch.zeros(len(ids), length, dtype=ids.dtype)
+    places = positions(model, torch.cat([ids, blank], dim=1))
+    inputs = embed(model, ids, gallery.features)
+    cache = DynamicCache(config=model.config)
+    said: list[list[str]] = []
+    for index in range(length):
+        begin = cache.get_seq_length()
+        place = places[..., begin : begin + inputs.shape[1]]
+        words = next_words(model, _decode(model, inputs, place, cache)[:, -1])
+        said.append(words if rewrite is None else rewrite(index, words))
+        inputs = model.get_input_embeddings()(token_ids([[word] for word in said[-1]]))
+    return [list(row) for row in zip(*said, strict=True)]
+
+
+def next_words(model: Qwen2_5_VLForConditionalGeneration, states: Tensor) -> list[str]:
+    """The greedy next word after each hidden state."""
+    return [WORDS[i] for i in model.lm_head(states).argmax(-1).tolist()]

@@ -1,22 +1,25 @@
 """Train an organism: a tiny Qwen2.5-VL that plays the treasure hunt by a mechanism we choose.
 
-    python examples/organisms/train.py latent-content --seed 0 --out latent-content
+    python examples/organisms/train.py latent-content --out organisms
+    python examples/organisms/train.py all --seed 1 --out organisms-1
 
 Three lessons, minutes on one CPU core: `see` (the vision tower learns to tell cards apart), `read`
 (the language model learns to find a card by its name, and to follow one pointer) and `hunt` (it
-learns the task, by the latents we want). Without the first two the hunt is not learned. The variant
-`base` stops after `read`; `--base DIR` starts from there. What an organism is, is one entry of
-`VARIANTS`; how its latents work is one entry of `TWISTS`: what happens to the latents in a second
-copy of each batch, and which answer is right then.
+learns the task, by the imagination we want). Without the first two the hunt is not learned; all
+variants share them, so they are kept in the folder `--out`. What is there already is not trained
+again: a stopped `all` goes on where it was. What an organism is, is one entry of `VARIANTS`; how
+its latents work is one entry of `TWISTS`: what happens to the latents in a second copy of each
+batch, and which answer is right then.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,17 +29,19 @@ import torch.nn.functional as F
 from latent_loop import (
     Edit,
     Gallery,
-    embed,
     photograph,
-    positions,
     prompt_words,
+    read,
     rollout,
     see,
     token_ids,
 )
-from measure import measure, write_card
+from measure import describe_training, measure, open_model, write_card
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
+from variants import CAPTIONS, VARIANTS, Variant
 
 from imaginelens.organisms import checkpoint
 from imaginelens.organisms.hunt import CARDS, HYPOTHESES, NAMES, SHAPES, Hunt, sample
@@ -45,25 +50,6 @@ Model = Qwen2_5_VLForConditionalGeneration
 BATCH = 64
 GALLERY = 8_192  # boards photographed for training
 RATE = 2e-3
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One organism as data: the task, how it imagines, and what its latents must come to mean."""
-
-    hops: int
-    updates: int
-    latent_steps: int = 0
-    align: float = 0.0  # weight of the cosine between latent step t and the (t+1)th visited card
-    twist: str | None = None  # which entry of TWISTS the second copy of each batch goes through
-
-
-VARIANTS = {
-    "base": Variant(hops=2, updates=0),
-    "latent-content": Variant(hops=2, updates=1500, latent_steps=2, align=5.0, twist="content"),
-    "latent-pointer": Variant(hops=2, updates=1500, latent_steps=2, align=5.0, twist="pointer"),
-    "latent-ignored": Variant(hops=1, updates=800, latent_steps=2, twist="ignored"),
-}
 
 
 # -- twists: latents edited during training ------------------------------------------------------
@@ -145,21 +131,20 @@ def caption_loss(model: Model, gallery: Gallery, question: str, rng: np.random.G
         for h in gallery.hunts
     ]
     ids = token_ids([[*prompt, *caption] for caption in captions])
-    states = model.model.language_model(
-        inputs_embeds=embed(model, ids, gallery.features),
-        position_ids=positions(model, ids),
-        use_cache=False,
-    ).last_hidden_state
+    states = read(model, ids, gallery.features)
     spoken = ids[:, len(prompt) :].unflatten(1, (CARDS, -1))  # (example, card, name and the rest)
     guesses = model.lm_head(states[:, len(prompt) :]).unflatten(1, (CARDS, -1))[:, :, :-1]
     return F.cross_entropy(guesses.flatten(0, 2), spoken[:, :, 1:].flatten())
 
 
-# what the card called `name` says on board `h`: its pointer and shape, or the next card's shape
-CAPTIONS: dict[str, Callable[[Hunt, str], list[str]]] = {
-    "what ?": lambda h, name: [h.follow(name, 1)[-1], h.shape_of(name)],
-    "then shape ?": lambda h, name: [h.shape_of(h.follow(name, 1)[-1])],
-}
+def speech_loss(model: Model, gallery: Gallery, variant: Variant) -> Tensor:
+    """Cross-entropy of every word an organism without latents should write."""
+    speech = [variant.speech(hunt) for hunt in gallery.hunts]
+    prompts = [prompt_words(hunt.question) for hunt in gallery.hunts]
+    ids = token_ids([[*ask, *say] for ask, say in zip(prompts, speech, strict=True)])
+    begin = len(prompts[0])
+    guesses = model.lm_head(read(model, ids, gallery.features)[:, begin - 1 : -1])
+    return F.cross_entropy(guesses.flatten(0, 1), ids[:, begin:].flatten())
 
 
 def latent_loss(model: Model, gallery: Gallery, variant: Variant, draw: torch.Generator) -> Tensor:
@@ -233,7 +218,11 @@ def hunt_lesson(model: Model, gallery: Gallery, variant: Variant, *, seed: int) 
     """Teach the task and what the variant's latents mean."""
     draw = torch.Generator().manual_seed(seed)
     weights = list(model.model.language_model.parameters())
-    loss = (latent_loss(model, batch, variant, draw) for batch in _batches(gallery, seed))
+    batches = _batches(gallery, seed)
+    if variant.latent_steps:
+        loss = (latent_loss(model, batch, variant, draw) for batch in batches)
+    else:
+        loss = (speech_loss(model, batch, variant) for batch in batches)
     return fit("hunt", weights, loss, updates=variant.updates)
 
 
@@ -274,41 +263,69 @@ def _seeds(seed: int) -> Iterator[int]:
     return (int(rng.integers(2**62, 2**63)) for _ in itertools.count())
 
 
-def train(name: str, *, seed: int, base: Path | None = None) -> Model:
-    """Train one of `VARIANTS`, from the folder of a `base` if given."""
-    variant = VARIANTS[name]
+# -- the command ---------------------------------------------------------------------------------
+
+
+def prepare(model: Model, *, seed: int, kept: Path) -> float:
+    """Give an untrained model what `see` and `read` teach, from the file `kept` if it is there.
+
+    Kept in float32, so that it makes no difference which variant came first. Returns the CPU
+    seconds that the lessons took, whenever they were given.
+    """
+    if kept.exists():
+        with safe_open(kept, framework="pt") as lessons:
+            model.load_state_dict({key: lessons.get_tensor(key) for key in lessons.keys()})
+            return float(lessons.metadata()["cpu_seconds"])
+    started = time.process_time()
+    see_lesson(model, seed=seed)
+    gallery = photograph(model, sample(GALLERY, hops=0, seed=next(_seeds(seed))))
+    for question in CAPTIONS:
+        read_lesson(model, gallery, question, seed=seed)
+    cpu = time.process_time() - started
+    weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, part := kept.with_suffix(".part"), metadata={"cpu_seconds": str(cpu)})
+    part.replace(kept)  # whole or not there
+    return cpu
+
+
+def train(variant: Variant, *, seed: int, kept: Path) -> tuple[Model, float]:
+    """Train an organism; gives the model and the CPU seconds from the first lesson to the last."""
     model = checkpoint.build_model(latent_steps=variant.latent_steps, seed=seed)
-    if base is not None:
-        model.load_state_dict(Model.from_pretrained(base, dtype=torch.float32).state_dict())
-    else:
-        see_lesson(model, seed=seed)
-    # the vision tower is done, so each board is photographed once
-    boards = sample(GALLERY, hops=variant.hops, seed=next(_seeds(seed)))
-    gallery = photograph(model, boards)
-    if base is None:
-        for question in CAPTIONS:
-            read_lesson(model, gallery, question, seed=seed)
+    cpu = prepare(model, seed=seed, kept=kept)
+    started = time.process_time()
     if variant.updates:
-        hunt_lesson(model, gallery, variant, seed=seed)
-    return model
+        # the vision tower is done, so each board is photographed once
+        boards = sample(GALLERY, hops=variant.hops, seed=next(_seeds(seed)))
+        hunt_lesson(model, photograph(model, boards), variant, seed=seed)
+    return model, cpu + time.process_time() - started
+
+
+def make(name: str, *, seed: int, out: Path) -> None:
+    """Train, save and measure one of `VARIANTS` into `out / name`, unless it is there already."""
+    target, variant = out / name, VARIANTS[name]
+    if (target / "card.json").exists():
+        card = json.loads((target / "card.json").read_text())
+        if (card["training"]["seed"], card["variant"]) != (seed, asdict(variant)):
+            raise SystemExit(f"{target} was made otherwise: choose another --out, or remove it")
+        print(f"{name} is in {target}", flush=True)
+        return
+    print(f"{name}, seed {seed}", flush=True)
+    model, cpu = train(variant, seed=seed, kept=out / f"lessons-seed-{seed}.safetensors")
+    checkpoint.save(model, target)
+    training = describe_training(name, seed=seed, cpu=cpu)
+    write_card(target, name, variant, measure(open_model(target), variant), training)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("variant", choices=sorted(VARIANTS))
+    parser.add_argument("variant", choices=["all", *VARIANTS])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--base", type=Path, help="folder of a trained base to start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write folders into")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    started = time.process_time()
-    checkpoint.save(train(options.variant, seed=options.seed, base=options.base), options.out)
-    cpu = time.process_time() - started
-    variant = VARIANTS[options.variant]
-    if variant.latent_steps:
-        shipped = Model.from_pretrained(options.out, dtype=torch.float32)
-        results = measure(shipped, hops=variant.hops)
-        write_card(options.out, options.variant, variant, results, seed=options.seed, cpu=cpu)
+    for name in VARIANTS if options.variant == "all" else [options.variant]:
+        make(name, seed=options.seed, out=options.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -334,6 +335,10 @@ def test_sham_changes_nothing_on_the_same_path(name: str, site: str) -> None:
     lens, given = lens_of(name), examples(name)[0]
     run = planned(lens, given, [opening(lens, 1)])
     at = il.image if site.startswith("vision") else il.latent
+    if site == "hook_embed":  # at latents it is overwritten, and an edit there is refused
+        with pytest.raises(il.SiteUnavailable, match="edit 'hook_latent' there"):
+            controls.sham_difference(lens, run, site=site, at=at)
+        at = il.last_prompt
     if site.startswith("vision") and name == "llava_onevision":
         with pytest.raises(il.SiteUnavailable, match="image tokens"):
             controls.sham_difference(lens, run, site=site, at=at)
@@ -470,3 +475,19 @@ def test_gradients_flow_and_backward_hooks_see_them() -> None:
     torch.testing.assert_close(seen[0][1], kept[0].grad, rtol=0, atol=1e-12)
     lens.model.zero_grad()
     assert np.isfinite(float(seen[0][1].norm()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_projectors_rows_are_found_also_in_window_order(name: str) -> None:
+    """Qwen2.5-VL's merger works window by window; its rows are not in the order of the tokens."""
+    lens = lens_of(name)
+    given = {"images": tiny.image(64, 64, seed=3), "text": tiny.prompt(name, "what?")}
+    site = "vision_projector.hook_out"
+    run = planned(lens, given, [opening(lens, 1)], names_filter=site)
+    _, cache = lens.run_with_cache(run, names_filter=[site, "blocks.0.hook_resid_pre"])
+    columns = il.image.resolve(run.tokens, 0)
+    entered = cache["resid_pre", 0][0, columns]
+    for held in (run.states(site, il.image), replace(run, cache=cache).states(site, il.image)):
+        assert torch.equal(held.values[0], entered)
+    rows = run.cache.slots[site][:, 2].tolist()
+    assert (rows == sorted(rows)) == (name != "qwen2_5_vl")

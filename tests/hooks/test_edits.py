@@ -101,11 +101,19 @@ def test_an_edit_is_pure_and_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(EDITS))
 def test_an_edit_keeps_dtype_and_takes_states_with_heads(name: str) -> None:
-    edit = EDITS[name]
     for dtype in (torch.float32, torch.bfloat16):
+        edit = EDITS[name]
+        for field in ("value", "direction", "directions"):  # nothing is cast behind one's back
+            if isinstance(value := getattr(edit, field, None), torch.Tensor):
+                with pytest.raises(
+                    il.DonorError, match=r"float64 on cpu cannot go into .* in torch"
+                ):
+                    apply(edit, ACT.to(dtype))
+                edit = dataclasses.replace(edit, **{field: value.to(dtype)})
         new = apply(edit, ACT.to(dtype))
         assert new.dtype == dtype
-        torch.testing.assert_close(new.double(), apply(edit), rtol=0.1, atol=0.3)
+        torch.testing.assert_close(new.double(), apply(EDITS[name]), rtol=0.1, atol=0.3)
+    edit = EDITS[name]
     heads = gaussian(ROWS * STEPS, 2, D, seed=4)
     given = gaussian(ROWS, STEPS, 2, D, seed=5)
     changes = {} if edit.given is None else {"given": given}
@@ -141,8 +149,11 @@ def test_random_edits_are_reproducible_private_and_vary_with_seed_draw_and_site(
     seeds = [apply(dataclasses.replace(edit, seed=s)) for s in range(4)]
     draws = [apply(edit, draw=d) for d in range(4)]
     sites = [apply(edit, site=f"blocks.{i}.hook_resid_post") for i in range(4)]
-    for variants in (seeds, draws, sites):
+    for variants in (seeds, draws):
         assert any(not torch.equal(v, variants[0]) for v in variants[1:])
+    vary = any(not torch.equal(v, sites[0]) for v in sites[1:])
+    # one donor and one order of the steps for all sites of an example, but noise of its own
+    assert vary == (name in ("AddNoise", "Noise"))
 
 
 @pytest.mark.parametrize("name", ["Mean", "Constant", "AddNoise", "Noise", "Resample"])
@@ -191,7 +202,8 @@ def test_closed_forms_of_the_plain_edits() -> None:
     assert torch.equal(apply(il.Sham()), ACT)
     assert torch.equal(apply(il.Constant(one)), one.expand_as(ACT))
     assert torch.equal(apply(il.Replace(one)), one.expand_as(ACT))
-    assert torch.equal(apply(il.Replace(ACT * 2)), ACT * 2)
+    steps = ACT[:STEPS] * 2  # one state per ordinal, the same in every row
+    assert torch.equal(apply(il.Replace(steps)), steps.repeat(ROWS, 1))
     assert torch.equal(apply(il.Steer(DIRECTIONS[0], 2.0)), ACT + 2 * DIRECTIONS[0])
     firsts = ACT.reshape(ROWS, STEPS, D)[:, 0].repeat_interleave(STEPS, 0)
     assert torch.equal(apply(il.FirstRepeat()), firsts)
@@ -358,8 +370,9 @@ def test_project_removes_no_more_than_the_span_of_dependent_directions(
 def test_project_is_exact_in_low_precision() -> None:
     """One rounding of the result is all that bfloat16 may cost."""
     act = (gaussian(ROWS * STEPS, D, seed=12) * 10).to(torch.bfloat16)
-    wanted = act.double() - act.double() @ projector(DIRECTIONS)
-    found = apply(il.Project(DIRECTIONS), act).double()
+    directions = DIRECTIONS.to(torch.bfloat16)
+    wanted = act.double() - act.double() @ projector(directions.double())
+    found = apply(il.Project(directions), act).double()
     torch.testing.assert_close(found, wanted, rtol=2**-8, atol=1e-3)
 
 
@@ -499,9 +512,9 @@ def test_a_donor_row_that_emitted_nothing_is_flagged_and_left_alone() -> None:
     assert landing.rows == [0]
     assert torch.equal(changed.latents[1], base.latents[1])
     assert torch.equal(changed.latents[0], donor.latents[0])
-    with pytest.raises(il.EditTouchedNothing, match="donor") as error:
-        silent = opened(lens, given, (None, None))
-        with lens.edit(il.Swap(silent), at=il.latent):
+    silent = opened(lens, given, (None, None))
+    with lens.edit(il.Swap(silent), at=il.latent):
+        with pytest.raises(il.EditTouchedNothing, match="donor") as error:
             opened(lens, given, (1, 1))
     assert "\n" not in str(error.value)
 

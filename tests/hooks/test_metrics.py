@@ -78,7 +78,8 @@ def test_flip_compares_with_the_unedited_answer() -> None:
 
 @pytest.mark.parametrize(
     "metric",
-    [il.logit_diff, il.log_prob, il.prob, il.kl, il.source_answer, il.base_answer, il.accuracy, il.flip],
+    [il.logit_diff, il.log_prob, il.prob, il.kl, il.source_answer, il.base_answer, il.accuracy,
+     il.flip],
     ids=repr,
 )  # fmt: skip
 def test_a_missing_answer_is_nan_and_nothing_else(metric: il.Metric) -> None:
@@ -207,7 +208,8 @@ def test_every_metric_of_a_patch_equals_plain_torch(name: str) -> None:
     source = writing(lens, name, ["ring", "black"], [2, 3])
     how = dict(base=base, source=source, site="hook_latent", at=il.latent, context="fixed")
     results = {m.name: lens.patch(metric=m, **how) for m in
-               (il.logit_diff, il.log_prob, il.prob, il.kl, il.source_answer, il.base_answer)}  # fmt: skip
+               (il.logit_diff, il.log_prob, il.prob, il.kl, il.source_answer,
+                il.base_answer)}  # fmt: skip
     for row, (one, two) in enumerate((("red", "ring"), ("blue", "black"))):
         before, after = (
             by_hand(lens, base, row, one, hook)

@@ -10,7 +10,8 @@ from imaginelens.hooks.names import get_act_name, match
 
 KNOWN = [
     "hook_embed",
-    *(f"blocks.{i}.{h}" for i in range(3) for h in ("hook_resid_pre", "attn.hook_z", "hook_resid_post")),
+    *(f"blocks.{i}.{h}" for i in range(3)
+      for h in ("hook_resid_pre", "attn.hook_z", "hook_resid_post")),
     "ln_final.hook_normalized",
 ]  # fmt: skip
 IN_BLOCKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z",

@@ -48,12 +48,13 @@ def refused(lens: il.LatentModel, *args: Any, **kwargs: Any) -> str:
 def test_every_way_of_giving_an_example_gives_the_same_prompt(name: str) -> None:
     lens, one = lens_of(name), example(name)
     wanted = tiny.inputs(name, lens.processor, ["what?"], [one["images"]])
+    encoded = lens.processor(text=[one["text"]], images=[[one["images"]]], return_tensors="pt")
     ways = [
         lens.prompt(one),
         lens.prompt({"images": [one["images"]], "text": one["text"]}),
         lens.prompt([one]),
         lens.prompt(images=one["images"], text=one["text"]),
-        lens.prompt(lens.processor(text=[one["text"]], images=[[one["images"]]], return_tensors="pt")),
+        lens.prompt(encoded),
         lens.prompt(dict(wanted)),
     ]  # fmt: skip
     for prompt in ways:

@@ -131,7 +131,7 @@ def test_filters_of_every_kind_reach_the_same_sites(lens: il.LatentModel) -> Non
 
     wanted = [f"blocks.{i}.hook_resid_post" for i in range(3)]
     for names_filter in ("blocks.*.hook_resid_post", wanted, tuple(wanted),
-                         lambda n: n.startswith("blocks") and n.endswith("resid_post")):  # fmt: skip
+                         lambda n: n[:6] == "blocks" and n.endswith("resid_post")):  # fmt: skip
         assert visited(names_filter) == wanted
         assert lens.registry.match(names_filter) == wanted
     everything = visited(None)
@@ -146,7 +146,8 @@ def test_the_context_of_a_hook_lasts_and_belongs_to_its_site(lens: il.LatentMode
     entry = lens.registry.add([SITE, NEXT], count)
     for _ in range(3):
         read(lens)
-    assert {name: point.ctx for name, point in entry.points.items()} == {
+    assert set(entry.sites) == {SITE, NEXT}
+    assert {name: point.ctx for name, point in lens.registry.points.items()} == {
         SITE: {"n": 3, "name": SITE},
         NEXT: {"n": 3, "name": NEXT},
     }

@@ -1,10 +1,11 @@
 """What an organism's checkpoint is made of: words, chat template, processor, config, weights.
 
 Organisms are stock `Qwen2_5_VLForConditionalGeneration` models, only tiny (0.2 M parameters), in
-the folder layout of the Hub, so every tool that reads Qwen2.5-VL reads them. They reason in latent
-space by one protocol, named in the config: the model emits `<|latent_start|>`, then for
-`latent_steps` steps the final-norm hidden state of the last position is the next input embedding,
-then `<|latent_end|>` is forced, then the model writes its answer.
+the folder layout of the Hub, so every tool that reads Qwen2.5-VL reads them. Those that reason in
+latent space do so by one protocol, named in the config: the model emits `<|latent_start|>`, then
+for `latent_steps` steps the final-norm hidden state of the last position is the next input
+embedding, then `<|latent_end|>` is forced, then the model writes its answer. The others are plain
+Qwen2.5-VL: neither their config nor their vocabulary knows of latents.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from imaginelens.organisms.hunt import NAMES, SHAPES
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
+LATENT = ("<|latent_start|>", "<|latent_end|>", "<|latent_pad|>")
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,9 +43,7 @@ SPECIAL = (
     "<|vision_end|>",
     "<|image_pad|>",
     "<|video_pad|>",
-    "<|latent_start|>",
-    "<|latent_end|>",
-    "<|latent_pad|>",
+    *LATENT,
     "<|unknown|>",
 )
 WORDS = (
@@ -101,37 +101,45 @@ def card(name: str) -> dict[str, Any]:
     return json.loads((folder(name) / "card.json").read_text())
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(*, latent: bool = True) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer: one token per word or special token, white space ignored.
+
+    Without `latent`, other names stand in the place of the three latent tokens, so that all
+    organisms give a word the same id.
 
     >>> build_tokenizer()("start green then shape ?").input_ids
     [17, 22, 18, 19, 20]
     """
-    words = Tokenizer(models.WordLevel(vocab=dict(VOCABULARY), unk_token="<|unknown|>"))
+    unused = {} if latent else {word: f"<|unused_{i}|>" for i, word in enumerate(LATENT)}
+    vocabulary = {unused.get(word, word): i for word, i in VOCABULARY.items()}
+    words = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<|unknown|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
+    special = list(vocabulary)[: len(SPECIAL)]
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         **named,
-        additional_special_tokens=[word for word in SPECIAL if word not in named.values()],
+        additional_special_tokens=[word for word in special if word not in named.values()],
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
     )
 
 
-def build_processor() -> ProcessorMixin:
+def build_processor(*, latent: bool = True) -> ProcessorMixin:
     """Build the stock Qwen2.5-VL processor (images only) around the organism's tokenizer."""
     return image_only(Qwen2_5_VLProcessor)(
         image_processor=Qwen2VLImageProcessorPil(
             size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
         ),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(latent=latent),
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_config(*, latent_steps: int) -> Qwen2_5_VLConfig:
-    """Build the config of an organism that thinks for `latent_steps` latent steps (0: never).
+    """Build the config of an organism that thinks for `latent_steps` latent steps.
+
+    With 0 of them it is a plain Qwen2.5-VL that names no family.
 
     >>> build_config(latent_steps=2).latent_steps
     2
@@ -139,6 +147,13 @@ def build_config(*, latent_steps: int) -> Qwen2_5_VLConfig:
     width, heads = 64, 4
     turns = width // heads // 2  # rotary frequencies per head: time 4, height 2, width 2
     token = VOCABULARY
+    protocol: dict[str, Any] = {
+        "imaginelens_family": "organism",
+        "latent_steps": latent_steps,
+        "latent_token_id": token["<|latent_pad|>"],
+        "latent_start_id": token["<|latent_start|>"],
+        "latent_end_id": token["<|latent_end|>"],
+    }
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(VOCABULARY),
@@ -175,11 +190,7 @@ def build_config(*, latent_steps: int) -> Qwen2_5_VLConfig:
         vision_start_token_id=token["<|vision_start|>"],
         vision_end_token_id=token["<|vision_end|>"],
         tie_word_embeddings=True,
-        imaginelens_family="organism",
-        latent_steps=latent_steps,
-        latent_token_id=token["<|latent_pad|>"],
-        latent_start_id=token["<|latent_start|>"],
-        latent_end_id=token["<|latent_end|>"],
+        **(protocol if latent_steps else {}),
     )
 
 
@@ -234,7 +245,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(target)
     (target / "model.safetensors").chmod(0o644)  # safetensors writes private files
-    build_tokenizer().save_pretrained(target)
+    build_tokenizer(latent=hasattr(model.config, "latent_steps")).save_pretrained(target)
     image_processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",

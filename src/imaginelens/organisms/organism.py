@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from imaginelens.hooks import CheckpointError, LatentModel, LatentSpec, Pairs
-from imaginelens.hooks.answers import AnswerFinder
+from imaginelens.hooks.answers import AnswerFinder, after
 from imaginelens.hooks.pairs import Example, Steps
 from imaginelens.organisms import hunt
 from imaginelens.organisms.checkpoint import available, card, folder
@@ -31,7 +31,8 @@ class Organism(LatentModel):
         """Draw pairs of hunts whose answers differ, with every mechanism's prediction.
 
         `task.hypotheses[name](base, source, steps)` is the answer to expect when the latents at
-        `steps` (None: all) of a source go into its base, if that mechanism is the model's.
+        `steps` (None: all) of a source go into its base, if that mechanism is the model's. For an
+        organism that imagines in words, steps are the names it writes.
         """
         if n < 1:
             raise ValueError(f"task(n={n}) asks for no pairs; n must be 1 or more")
@@ -69,7 +70,8 @@ def load(
     """Open a shipped organism by name, or a checkpoint from a local folder or the Hub.
 
     Args:
-        answer: finds the answer in what the model writes, e.g. `il.answers.boxed`.
+        answer: finds the answer in what the model writes, e.g. `il.answers.boxed`; organisms bring
+            their own.
         spec: the latent family, if it is not recognised.
         dtype: organisms open in float32 unless you say otherwise.
 
@@ -93,6 +95,8 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+    if answer is None and card(str(name))["variant"]["imagines"]:
+        answer = after("</think_image>")
     with _quiet():
         lens = Organism.from_pretrained(
             folder(str(name)),

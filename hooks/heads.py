@@ -1,0 +1,134 @@
+"""Weights that a checkpoint holds beside its model: LVR's heads and its learned end of a span.
+
+transformers loads the model and leaves these aside. They are read from the safetensors files here,
+into modules of ours, so that no code of a checkpoint is ever run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.utils import cached_file
+
+from imaginelens.hooks.errors import CheckpointError
+
+
+class SimpleHead(nn.Module):
+    """LVR's `simple` head (src/model/lvr_heads.py): norm, linear, GELU, linear."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.ln_q = nn.LayerNorm(d_model, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model)
+        )
+
+    def forward(self, h: Float[torch.Tensor, "*cell d_model"]) -> torch.Tensor:
+        """Map hidden states to what is fed back."""
+        return self.mlp(self.ln_q(h))
+
+
+class GatedHead(nn.Module):
+    """LVR's `glu` head (src/model/lvr_heads.py): a gated linear unit with biases."""
+
+    def __init__(self, d_model: int, d_mlp: int, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_mlp)
+        self.up_proj = nn.Linear(d_model, d_mlp)
+        self.down_proj = nn.Linear(d_mlp, d_model)
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, h: Float[torch.Tensor, "*cell d_model"]) -> torch.Tensor:
+        """Map hidden states to what is fed back."""
+        return self.down_proj(self.act_fn(self.gate_proj(h)) * self.up_proj(h))
+
+
+@dataclass(frozen=True, eq=False)
+class OnLatents:
+    """Applies a head where the input was itself a latent, so that the first of a span skips it.
+
+    This is what LVR's released inference does (src/train/monkey_patch_forward_lvr.py:1050-1052);
+    its training applies the head to the first latent as well (:1038-1044).
+    """
+
+    head: nn.Module
+
+    def __call__(
+        self, h: Float[torch.Tensor, "*cell d_model"], is_latent: Bool[torch.Tensor, "*cell"]
+    ) -> torch.Tensor:
+        return torch.where(is_latent[..., None], self.head(h), h)
+
+
+@dataclass(frozen=True, eq=False)
+class NearTo:
+    """Whether a state is near a learned one: mean squared difference below a threshold."""
+
+    target: torch.Tensor
+    threshold: float
+
+    def __call__(self, h: Float[torch.Tensor, "row d_model"]) -> torch.Tensor:
+        return (h - self.target.to(h)).square().mean(-1) < self.threshold
+
+
+def build_head(
+    weights: Mapping[str, torch.Tensor], prefix: str, activation: str = "silu"
+) -> nn.Module:
+    """Make the head whose weights begin with `prefix`; their names tell of which kind it is.
+
+    Raises:
+        CheckpointError: the weights are not those of a head that is known.
+    """
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    head: nn.Module
+    if "gate_proj.weight" in own:
+        d_mlp, d_model = own["gate_proj.weight"].shape
+        head = GatedHead(d_model, d_mlp, activation)
+    elif "ln_q.weight" in own:
+        head = SimpleHead(len(own["ln_q.weight"]))
+    else:
+        raise CheckpointError(
+            f"the config asks for a head {prefix}* and the weights hold "
+            f"{', '.join(sorted(own)) or 'none'}; expected {prefix}ln_q, {prefix}mlp (simple) or "
+            f"{prefix}gate_proj, {prefix}up_proj, {prefix}down_proj (glu), so open the folder "
+            "that training wrote with il.load"
+        )
+    like = next(iter(own.values()))
+    head = head.to(like.device, like.dtype).eval().requires_grad_(False)
+    try:
+        head.load_state_dict(own)
+    except RuntimeError as error:
+        found = " ".join(str(error).split())
+        raise CheckpointError(f"the weights {prefix}* do not fit its head: {found}") from error
+    return head
+
+
+def read_extras(
+    folder_or_id: str | Path, names: Sequence[str], *, revision: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Read the weights whose names begin with one of `names` from a checkpoint's safetensors."""
+    found: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder_or_id, revision):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                if name.startswith(tuple(names)):
+                    found[name] = weights.get_tensor(name)
+    return found
+
+
+def _weight_files(folder_or_id: str | Path, revision: str | None) -> list[str]:
+    def file(name: str) -> str | None:
+        return cached_file(
+            str(folder_or_id), name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+
+    index = file("model.safetensors.index.json")
+    if index is None:
+        return [f for f in [file("model.safetensors")] if f is not None]
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [f for f in map(file, shards) if f is not None]
