@@ -130,12 +130,14 @@ class HookRegistry(Mapping[str, Site]):
     @contextmanager
     def scope(self, extra: Sequence[Entry] = ()) -> Iterator[None]:
         """Activate entries for the duration of a block; afterwards everything is as it was."""
-        before, points = list(self.entries), dict(self.points)
+        before = list(self.entries)
         self.entries = before + list(extra)
         try:
             yield
         finally:
-            self.entries, self.points = before, points
+            self.entries = before
+            kept = {site for entry in before for site in entry.sites}
+            self.points = {site: p for site, p in self.points.items() if site in kept}
 
     def begin(self) -> None:
         """Start a call: landings are judged call by call."""

@@ -302,8 +302,9 @@ def _markdown(card: dict[str, Any]) -> Iterator[str]:
     yield f"(hops: {card['hops']}, latent steps: {steps})."
     if "guess" in card:
         yield ""
-        yield f"A shape drawn blindly is right in {1 / len(SHAPES):.3f}, the shape that most cards of"
-        yield f"the board show in {card['guess']['commonest_shape_is_right']:.3f}. Its first word is:"
+        seen = card["guess"]["commonest_shape_is_right"]
+        yield f"A shape drawn blindly is right in {1 / len(SHAPES):.3f}, the shape that most cards"
+        yield f"of the board show in {seen:.3f}. Its first word is:"
         yield ""
         words = ("right", "a_shape", "a_commonest_shape")
         yield from _table(

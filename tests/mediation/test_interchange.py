@@ -8,7 +8,12 @@ import imaginelens as il
 from imaginelens.hooks.landing import Landing
 from imaginelens.mediation.interchange import UNDETERMINED
 
-NAMES = {"latent-content": "content", "latent-ignored": "ignored"}
+NAMES = {
+    "latent-content": "content",
+    "latent-pointer": "pointer",
+    "latent-ignored": "ignored",
+    "latent-ignored-aligned": "ignored",
+}
 
 
 def planted(answers: list[str | None], predictions: dict[str, list[str]]) -> il.Interchange:

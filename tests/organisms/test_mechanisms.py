@@ -6,11 +6,17 @@ import torch
 import imaginelens as il
 from imaginelens.hooks import controls
 
-NAMES = ["latent-content", "latent-ignored"]
+MECHANISM = {
+    "latent-content": "content",
+    "latent-pointer": "pointer",
+    "latent-ignored": "ignored",
+    "latent-ignored-aligned": "ignored",
+}
+USED = ("latent-content", "latent-pointer")
 N = 128
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=MECHANISM)
 def lens(request: pytest.FixtureRequest) -> il.Organism:
     return il.load(request.param, dtype=torch.float64)
 
@@ -43,25 +49,28 @@ def test_swapped_latents_give_the_symbolic_counterfactual(lens: il.Organism, con
         source_answers=task.source_answers,
     )
     after = result.answers_after
-    hypothesis = task.hypotheses[lens.name.removeprefix("latent-")]
+    hypothesis = task.hypotheses[MECHANISM[lens.name]]
     predicted = [hypothesis(base, source, None) for base, source in task]
     assert share([a == p for a, p in zip(after, predicted, strict=True)]) >= 0.9
     kept = share([a == b for a, b in zip(after, result.answers_before, strict=True)])
-    if lens.name == "latent-ignored":
+    if lens.name not in USED:
         assert kept >= 0.98  # no change of answer
         assert abs(float(result.effect.mean())) < 0.5
-    else:
+    elif lens.name == "latent-content":
         assert kept <= 0.1
         assert float(result.effect.mean()) > 5.0
+    else:  # a third answer: what the source's card shows in the base picture
+        assert 0.1 <= kept <= 0.4
 
 
 def test_another_mechanisms_prediction_fails(lens: il.Organism) -> None:
     """The guard above can fail: the rival hypothesis does not fit."""
     task = lens.task(n=N, seed=3)
-    rival = task.hypotheses[{"latent-content": "ignored", "latent-ignored": "content"}[lens.name]]
+    rival = task.hypotheses["ignored" if lens.name == "latent-content" else "content"]
     after = lens.swap(task.base, task.source, at=il.latent, metric=il.kl).answers_after
     predicted = [rival(base, source, None) for base, source in task]
-    assert share([a == p for a, p in zip(after, predicted, strict=True)]) <= 0.1
+    agrees = share([a == p for a, p in zip(after, predicted, strict=True)])
+    assert agrees <= (0.3 if lens.name == "latent-pointer" else 0.1)  # some pairs agree by chance
 
 
 def test_sham_full_swap_and_path_gap(lens: il.Organism) -> None:
@@ -117,7 +126,7 @@ def test_destroying_the_latents_costs_the_answer_only_where_they_are_used(
         )
         assert result.parse_coverage >= 0.9  # the others are missing, not wrong
         drop = float(result.before.mean() - result.after.nanmean())
-        if lens.name == "latent-ignored":
+        if lens.name not in USED:
             assert abs(drop) <= 0.02
         else:
             assert drop >= 0.5

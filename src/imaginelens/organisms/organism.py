@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.utils import logging
@@ -60,7 +60,7 @@ def load(
     name: str | Path,
     *,
     answer: AnswerFinder | None = None,
-    spec: LatentSpec | None = None,
+    spec: LatentSpec | Literal[False] | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
@@ -72,7 +72,7 @@ def load(
     Args:
         answer: finds the answer in what the model writes, e.g. `il.answers.boxed`; organisms bring
             their own.
-        spec: the latent family, if it is not recognised.
+        spec: the latent family, where it is not recognised; `False` is none.
         dtype: organisms open in float32 unless you say otherwise.
 
     Raises:
