@@ -11,13 +11,7 @@ from typing import Any, Literal
 import nnsight
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from imaginelens.hooks import answers, engine
@@ -27,17 +21,19 @@ from imaginelens.hooks.cache import ActivationCache
 from imaginelens.hooks.describe import Description, describe
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import CaptureEntry, Chunk, EditEntry, HookEntry
-from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.families import equipped, family_of, family_on_disk
 from imaginelens.hooks.generate import LatentLoop, unembed_projected
 from imaginelens.hooks.grid import lay_out
 from imaginelens.hooks.landing import Landing
+from imaginelens.hooks.loading import load_model
 from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
+from imaginelens.hooks.readout import answer_columns, read_out
 from imaginelens.hooks.registry import HookRegistry
 from imaginelens.hooks.run import Run, assemble, finish, wanted_while_generating
 from imaginelens.hooks.script import Script, script_of
@@ -110,26 +106,13 @@ class LatentModel:
             CheckpointError: the folder is not a checkpoint, holds no multimodal model, or a latent
                 family that is ambiguous or incomplete.
         """
-        _check_folder(name)
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name!s} has no config that can be read: {error}") from error
-        auto = AutoModelForImageTextToText
-        if type(config) not in auto._model_mapping:
-            auto = AutoModelForMultimodalLM
-        if type(config) not in auto._model_mapping and not trust_remote_code:
-            raise CheckpointError(
-                f"{name!s} is a {config.model_type!r} model, which transformers does not list as "
-                "image-text-to-text; instantiate it yourself and pass it to il.LatentModel(model)"
-            )
-        model = auto.from_pretrained(
+        model = load_model(
             name,
             dtype=dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
-            **options,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
         processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
         family = family_on_disk(name, model, processor, spec, revision=revision)
@@ -295,7 +278,7 @@ class LatentModel:
         latents included. A hook that returns None only reads.
         """
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=reset_hooks_end):
-            return self._read(inputs).logits
+            return self._read_mapped(inputs)[1]
 
     def run_with_cache(
         self,
@@ -461,10 +444,10 @@ class LatentModel:
         """
         script = self.script(run, endings=targets.base_ids)
         with torch.no_grad():
-            columns = sorted({c + k for c in script.read_at for k in range(_width(targets))} - {-1})
-            columns = [c for c in columns if 0 <= c < script.tokens.width]
-            logits = self._read_script(script, columns or [0], acted=run.acted)
-        return _readout(run, targets, script, logits, columns or [0], unedited, free, self)
+            columns = answer_columns(script, targets)
+            logits = self._read_script(script, columns, acted=run.acted)
+        found = read_out(script, targets, logits, columns, self.decode, unedited)
+        return replace(found, answers=tuple(run.answers)) if free else found
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""
@@ -472,8 +455,9 @@ class LatentModel:
             raise InputError("answers need a tokenizer; pass processor=... to il.LatentModel")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _read(self, inputs: Any) -> Any:
-        return _Logits(self._read_mapped(inputs)[1])
+    def decode(self, token: int) -> str:
+        """The text of one token, outer spaces left out."""
+        return str(self.tokenizer.decode([token])).strip()
 
     def _read_mapped(self, inputs: Any) -> tuple[TokenMap, torch.Tensor]:
         """Read a prompt, or a run's whole sequence, once; edits that are active are judged."""
@@ -636,83 +620,4 @@ class LatentModel:
             f"{type(self).__name__}({type(self.model).__name__}, "
             f"{len(self.structure.blocks)} layers, d_model {self.structure.d_model}, {family}, "
             f"{len(self.registry)} sites)"
-        )
-
-
-class _Logits:
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
-
-
-def _width(targets: Targets) -> int:
-    return max((len(ids) for ids in targets.base_ids), default=1) or 1
-
-
-def _readout(
-    run: Run,
-    targets: Targets,
-    script: Script,
-    logits: torch.Tensor,
-    columns: Sequence[int],
-    unedited: Readout | None,
-    free: bool,
-    lens: LatentModel,
-) -> Readout:
-    place = {column: i for i, column in enumerate(columns)}
-    deciding: list[torch.Tensor] = []
-    log_probs: list[torch.Tensor] = []
-    found: list[str | None] = []
-    for row, start in enumerate(script.read_at):
-        ids, at = targets.base_ids[row], targets.differ_at[row]
-        if start < 0 or not ids:
-            deciding.append(torch.full_like(logits[row, 0], float("nan")))
-            log_probs.append(logits.new_tensor(float("nan")))
-            found.append(None)
-            continue
-        deciding.append(logits[row, place[start + at]])
-        steps = torch.stack([logits[row, place[start + k]] for k in range(len(ids))])
-        chosen = steps.log_softmax(-1)[torch.arange(len(ids)), list(ids)]
-        log_probs.append(chosen.sum())
-        found.append(_said(targets, row, int(deciding[-1].argmax()), lens))
-    answers_found = tuple(run.answers) if free else tuple(found)
-    return Readout(
-        torch.stack(deciding).cpu(), torch.stack(log_probs).cpu(), answers_found, targets, unedited
-    )
-
-
-def _said(targets: Targets, row: int, token: int, lens: LatentModel) -> str | None:
-    """The answer that a deciding token stands for."""
-    if token == targets.base_token[row]:
-        return targets.base_answers[row]
-    if token == targets.source_token[row]:
-        return targets.source_answers[row]
-    return str(lens.tokenizer.decode([token])).strip()
-
-
-def _check_folder(name: str | Path) -> None:
-    path = Path(name)
-    if path.is_file():
-        raise CheckpointError(f"{name!s} is a file, expected a checkpoint folder or a Hub id")
-    if not path.is_dir():
-        if (
-            isinstance(name, Path)
-            or str(name).startswith((".", "/", "~"))
-            or str(name).count("/") != 1
-        ):
-            raise CheckpointError(
-                f"{name!s} is neither a folder nor a Hub id of the form 'owner/name'; "
-                "check the path, or ask il.organisms() for the shipped ones"
-            )
-        return
-    held = sorted(p.name for p in path.iterdir())
-    if "config.json" not in held:
-        shown = ", ".join(held[:5]) or "nothing"
-        raise CheckpointError(
-            f"{name!s} is not a checkpoint: it holds {shown} and no config.json; "
-            "pass the folder that save_pretrained wrote"
-        )
-    if not any(n.endswith((".safetensors", ".safetensors.index.json")) for n in held):
-        raise CheckpointError(
-            f"{name!s} has a config.json and no .safetensors weights; save them with "
-            "model.save_pretrained(folder)"
         )
