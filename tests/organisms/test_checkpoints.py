@@ -304,7 +304,7 @@ def test_a_folder_is_in_hub_layout_small_and_without_local_paths(name: str) -> N
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             text = path.read_text()
-            assert not re.search(r"(/tmp|/home|/root|/work|/Users|[A-Z]:\\)", text), path.name
+            assert not re.search(r"(/tmp|/home|/root|/Users|[A-Z]:\\)", text), path.name
             assert "_name_or_path" not in text
 
 
