@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from imaginelens.hooks.errors import HookNameError
+from imaginelens.hooks.errors import CheckpointError, HookNameError
 from imaginelens.hooks.names import get_act_name, match
 
 Key = str | tuple[str, int]
@@ -100,7 +100,22 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ActivationCache":
-        """Read a cache that `save` wrote."""
+        """Read a cache that `save` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or it is no safetensors file.
+        """
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path!s} is not a file; pass the path that cache.save returned")
+        try:
+            return cls._read(path, device)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path!s} is not a cache that can be read ({error}); make it with cache.save(path)"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: str | Path, device: str) -> "ActivationCache":
         groups: dict[str, dict[str, torch.Tensor]] = {"values": {}, "columns": {}, "slots": {}}
         with safe_open(path, framework="pt", device=device) as file:
             meta = json.loads((file.metadata() or {}).get("imaginelens", "{}"))

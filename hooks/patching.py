@@ -175,6 +175,13 @@ def edited(
             f"no answer was found in what the unedited run wrote ({run.texts[0][:60]!r}); "
             "pass answer=il.answers.boxed, .letter, .after('...') or a callable to il.load"
         )
+    if len(source_answers) not in (1, len(run)):
+        raise InputError(
+            f"{len(run)} base inputs and {len(source_answers)} source inputs do not pair up; give "
+            "as many sources as bases, or one for all"
+        )
+    if len(source_answers) != len(run):
+        source_answers = list(source_answers) * len(run)
     targets = targets_of(run, base_answers, source_answers, lens.encode)
     metric.check(targets)
     before = lens.read_answer(run, targets)

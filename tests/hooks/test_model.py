@@ -18,7 +18,9 @@ def text_only() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         vocab_size=50,
+        eos_token_id=None,  # a random model would stop where it likes
     )
+    torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 
 
@@ -105,3 +107,21 @@ def test_a_users_own_trace_works_beside_ours() -> None:
         again = lens.run_with_hooks(inputs)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, again)
+
+
+def test_bases_and_sources_that_do_not_pair_up_are_refused() -> None:
+    lens = il.load("latent-content")
+    task = lens.task(n=3, seed=0)
+    with pytest.raises(il.InputError, match="3 base inputs and 2 source inputs do not pair up"):
+        lens.swap(task.base, task.source[:2])
+    assert lens.registry.entries == []
+    one = lens.swap(task.base[:1], task.source[0])
+    assert len(one.after) == 1
+
+
+def test_files_that_are_no_cache_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(il.CheckpointError, match="is not a file; pass the path"):
+        il.ActivationCache.load(tmp_path / "missing.safetensors")
+    (tmp_path / "torn.safetensors").write_text("not a cache")
+    with pytest.raises(il.CheckpointError, match="is not a cache that can be read"):
+        il.ActivationCache.load(tmp_path / "torn.safetensors")
