@@ -60,7 +60,8 @@ def full_swap_difference(
         permute: misplace the donor on purpose: rows of a batch are rolled, of one row positions.
 
     Raises:
-        InputError: the two runs have sequences of unequal length.
+        InputError: the two runs have sequences of unequal length, or the text model embeds its
+            tokens itself, so that what enters it cannot be swapped.
     """
     scripts = lens.script(base), lens.script(source)
     widths = [s.tokens.width for s in scripts]
@@ -71,6 +72,12 @@ def full_swap_difference(
         )
     with torch.no_grad():
         logits, given = _decoder_inputs(lens, scripts[1])
+        if not isinstance(given[1].get("inputs_embeds"), torch.Tensor):
+            raise InputError(
+                f"the decoder of {type(lens.model).__name__} is given token ids and embeds them "
+                "itself, so nothing but ids could be swapped; a full swap needs a model whose "
+                "text part is given embeddings, as those with images are"
+            )
         if permute:
             given = _misplaced(given)
         swapped = _with_decoder_inputs(lens, scripts[0], given)

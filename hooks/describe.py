@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from imaginelens.hooks.sites import SiteTable
 from imaginelens.hooks.spec import LatentSpec
 from imaginelens.hooks.structure import Structure
+from imaginelens.hooks.textspans import TextSpec
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Description:
 
 
 def describe(
-    model: PreTrainedModel, structure: Structure, table: SiteTable, spec: LatentSpec | None
+    model: PreTrainedModel,
+    structure: Structure,
+    table: SiteTable,
+    spec: LatentSpec | TextSpec | None,
 ) -> Description:
     """Describe a model from what was found in it."""
     text = model.config.get_text_config(decoder=True)
@@ -59,9 +63,16 @@ def describe(
     )
 
 
-def _latents(spec: LatentSpec) -> str:
+def _latents(spec: LatentSpec | TextSpec) -> str:
+    if isinstance(spec, TextSpec):
+        return f"none; {spec.name}: imagines in words, between {spec.open!r} and {spec.close!r}"
     steps = f"exactly {spec.max_steps}" if spec.fixed else f"up to {spec.max_steps}"
-    return f"{spec.name}: {steps} steps, opened by {spec.open!r} ({spec.trigger}), slot {spec.slot}"
+    head = "" if spec.project is None else ", through an extra head"
+    end = "" if spec.criterion is None else ", ended by a learned state"
+    return (
+        f"{spec.name}: {steps} steps, opened by {spec.open!r} ({spec.trigger}), slot {spec.slot}"
+        f"{head}{end}"
+    )
 
 
 def _grid_rule(model: PreTrainedModel, structure: Structure) -> str:

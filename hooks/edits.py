@@ -354,11 +354,11 @@ class Shuffle(Edit):
                     f"states, and row {row} has reached its number {int(ordinal) + 1}; give it the "
                     "unedited run of the same inputs"
                 )
-            order = self._order(counts[source], ctx, cell)
+            order = self.order(counts[source], ctx, cell)
             new.append(states.values[source, order[int(ordinal)]])
         return torch.stack(new).to(act)
 
-    def _order(self, n: int, ctx: EditContext, cell: int) -> list[int]:
+    def order(self, n: int, ctx: EditContext, cell: int) -> list[int]:
         """A random order in which no step stays where it was (a cycle), if there are two."""
         draw = ctx.generator(self.seed, ctx.key(cell))
         cycle = torch.randperm(n, generator=draw).tolist()

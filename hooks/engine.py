@@ -23,13 +23,19 @@ def trace(
     wrapped: nnsight.NNsight, workers: Sequence[Worker], inputs: Mapping[str, Any], fn: Any = None
 ) -> Any:
     """Run the wrapped model, or `fn` in its place, once on `inputs` with `workers` attached."""
-    with wrapped.trace(fn=fn) as tracer:
+    results = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:  # cheaper than waiting for tracer.result
+        results.append((fn or wrapped._module)(*args, **kwargs))
+        return results[0]
+
+    with wrapped.trace(fn=keep) as tracer:
         with tracer.invoke(**inputs):
-            result = nnsight.save(tracer.result)
+            pass
         for worker in workers:
             with tracer.invoke():
                 worker()
-    return result
+    return results[0]
 
 
 def forward(wrapped: nnsight.NNsight, workers: Sequence[Worker], inputs: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from imaginelens.hooks import answers
 from imaginelens.hooks.errors import CheckpointError
 from imaginelens.hooks.heads import NearTo, OnLatents, build_head, read_extras
 from imaginelens.hooks.spec import LatentSpec, PromptStyle
+from imaginelens.hooks.textspans import CLOSE, TextSpec
 
 LVR_END = "lvr_latent_end_emb"
 _KEYS = {"open": "latent_start_id", "close": "latent_end_id", "pad": "latent_token_id"}
@@ -78,6 +79,9 @@ _LVR = LatentSpec(
     checkpoints=("vincentleebang/LVR-7B",),
 )
 
+# `_lvr_deocding_with_latentend` (:583), for checkpoints that hold the learned end
+_LVR_LATENT_END = replace(_LVR, name="lvr-latent-end", max_steps=16)
+
 # UMass-Embodied-AGI/Mirage, transformers/src/transformers/generation/utils.py:3286-3450
 _MIRAGE = LatentSpec(
     name="mirage",
@@ -92,7 +96,9 @@ _MIRAGE = LatentSpec(
     checkpoints=("Miiche/vsp_spatial_planning_direct_sft",),
 )
 
-FAMILIES: dict[str, LatentSpec] = {
+Family = LatentSpec | TextSpec
+
+FAMILIES: dict[str, Family] = {
     "organism": LatentSpec(
         name="organism",
         open="<|latent_start|>",
@@ -108,8 +114,7 @@ FAMILIES: dict[str, LatentSpec] = {
     # inside the span stay in the ids
     "monet-vllm": replace(_MONET, name="monet-vllm", slot="replace", emit="sampled", reopens=False),
     "lvr": _LVR,
-    # `_lvr_deocding_with_latentend` (:583), for checkpoints that hold the learned end
-    "lvr-latent-end": replace(_LVR, name="lvr-latent-end", max_steps=16),
+    "lvr-latent-end": _LVR_LATENT_END,
     "mirage": _MIRAGE,
     "mirage-release": replace(_MIRAGE, name="mirage-release", multi_span=False),
     # XD111ds/ILVR, the same file (:3380-3404 is the cure of the second span)
@@ -145,14 +150,21 @@ FAMILIES: dict[str, LatentSpec] = {
         marks=("max_latent_token",),
         checkpoints=("Accio-Lab/SwimBird-8B",),
     ),
+    # Michael4933/CapImagine, README: a plain Qwen2.5-VL that imagines in words
+    "capimagine": TextSpec(
+        name="capimagine",
+        answer=answers.first_found(answers.boxed, answers.after(CLOSE), answers.tail),
+        checkpoints=("Michael4933/CapImagine-7B",),
+    ),
 }
 
 # The others are chosen by name: a checkpoint does not show that it is meant so.
 RECOGNISED = ("monet", "lvr", "mirage", "ilvr", "skila", "swimbird")
 
 
-def family_of(config: Any, tokenizer: Any, held: Collection[str] = ()) -> LatentSpec | None:
-    """Recognise a checkpoint's family; None is a model without latent tokens.
+def family_of(config: Any, tokenizer: Any, held: Collection[str] = ()) -> Family | None:
+    """Recognise a checkpoint's family; None is a model that imagines neither in latents nor between
+    the markers of a family that imagines in words.
 
     A config that names its family (`imaginelens_family`) is believed. Otherwise all three span
     strings of a family must be in the tokenizer, or, where a checkpoint has none of any family's
@@ -173,9 +185,11 @@ def family_of(config: Any, tokenizer: Any, held: Collection[str] = ()) -> Latent
         )
     spec = FAMILIES[named] if named is not None else _only(_candidates(config, tokenizer), config)
     if spec is None:
-        return None
+        return _in_words(config, tokenizer)
+    if isinstance(spec, TextSpec):
+        return spec
     if spec.name == "lvr" and LVR_END in held:
-        spec = FAMILIES["lvr-latent-end"]
+        spec = _LVR_LATENT_END
     key, times = spec.steps_key or ("", 1)
     steps = getattr(config, key, None) if key else None
     return spec if steps is None else replace(spec, max_steps=times * int(steps))
@@ -193,10 +207,10 @@ def family_on_disk(
     name: str | Path,
     model: PreTrainedModel,
     processor: Any,
-    spec: LatentSpec | Literal[False] | None,
+    spec: Family | Literal[False] | None,
     *,
     revision: str | None = None,
-) -> LatentSpec | None:
+) -> Family | None:
     """The family of a checkpoint that was loaded, with the extra weights of its files.
 
     Args:
@@ -204,21 +218,34 @@ def family_on_disk(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     found = family_of(model.config, tokenizer) if spec is None else spec or None
-    if found is None or found.equip is None:
+    if not isinstance(found, LatentSpec) or found.equip is None:
         return found
     like = model.get_output_embeddings().weight
     extras = read_extras(name, found.extras, revision=revision)
     weights = {k: v.to(like.device, like.dtype) for k, v in extras.items()}
     if spec is None:
         found = family_of(model.config, tokenizer, weights) or found
+    assert isinstance(found, LatentSpec)
     assert found.equip is not None
     return found.equip(found, model.config, weights)
+
+
+def _in_words(config: Any, tokenizer: Any) -> TextSpec | None:
+    """The family that imagines in words, told by its Hub id or by markers that are tokens."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    repository = str(getattr(config, "_name_or_path", ""))
+    for spec in FAMILIES.values():
+        if isinstance(spec, TextSpec) and (
+            repository in spec.checkpoints or {spec.open, spec.close} <= set(vocabulary)
+        ):
+            return spec
+    return None
 
 
 def _candidates(config: Any, tokenizer: Any) -> list[LatentSpec]:
     """Every family whose tokens the checkpoint has, by strings, or else by config keys."""
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    specs = [FAMILIES[name] for name in RECOGNISED]
+    specs = [s for name in RECOGNISED if isinstance(s := FAMILIES[name], LatentSpec)]
     whole = [spec for spec in specs if all(t in vocabulary for t in spec.strings)]
     if whole:
         return whole

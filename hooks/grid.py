@@ -7,7 +7,7 @@ cell, but thumbnails still have a box.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,18 +39,24 @@ class Tile:
     newline: bool = False
     extra: int = 0
 
-    def tokens(self) -> Iterator[tuple[tuple[int, int], Box | None]]:
-        """Cell and box (as fractions) of every token of this tile."""
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cell (token, 2) and box (token, 4; fractions of the picture) of every token of this tile;
+        -1 and nan for tokens that show nothing."""
         left, top, right, bottom = self.box
         width, height = (right - left) / max(self.cols, 1), (bottom - top) / max(self.rows, 1)
-        for r in range(self.rows):
-            for c in range(self.cols):
-                cell = (-1, -1) if self.at is None else (self.at[0] + r, self.at[1] + c)
-                x, y = left + c * width, top + r * height
-                yield cell, (x, y, x + width, y + height)
-            if self.newline:
-                yield (-1, -1), None
-        yield from [((-1, -1), None)] * self.extra
+        line = self.cols + self.newline
+        cells = np.full((self.rows, line, 2), -1)
+        boxes = np.full((self.rows, line, 4), np.nan)
+        if self.at is not None:
+            cells[:, : self.cols, 0] = self.at[0] + np.arange(self.rows)[:, None]
+            cells[:, : self.cols, 1] = self.at[1] + np.arange(self.cols)
+        x, y = left + np.arange(self.cols) * width, top + np.arange(self.rows)[:, None] * height
+        for side, value in enumerate((x, y, x + width, y + height)):
+            boxes[:, : self.cols, side] = value
+        return (
+            np.concatenate([cells.reshape(-1, 2), np.full((self.extra, 2), -1)]),
+            np.concatenate([boxes.reshape(-1, 4), np.full((self.extra, 4), np.nan)]),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,33 +112,31 @@ def lay_out(
 
 
 def _layout(columns: np.ndarray, images: list[list[Tile]], frames: list[Box | None]) -> Layout:
-    image: list[int] = []
-    cells: list[tuple[int, int]] = []
-    boxes: list[Box] = []
+    image = [np.zeros(0, dtype=int)]
+    cells = [np.zeros((0, 2), dtype=int)]
+    boxes = [np.zeros((0, 4))]
     for number, (tiles, frame) in enumerate(zip(images, frames, strict=True)):
         for tile in tiles:
-            for cell, box in tile.tokens():
-                image.append(number)
-                cells.append(cell)
-                boxes.append(_in_pixels(box, frame))
-    grids = tuple(_grid(tiles) for tiles in images)
+            where, shown = tile.tokens()
+            image.append(np.full(len(where), number))
+            cells.append(where)
+            boxes.append(_in_pixels(shown, frame))
     n = len(columns)
     return Layout(
         columns,
-        np.array(image[:n], dtype=int),
-        np.array(cells[:n], dtype=int).reshape(n, 2),
-        np.array(boxes[:n], dtype=float).reshape(n, 4),
-        grids,
+        np.concatenate(image)[:n],
+        np.concatenate(cells)[:n],
+        np.concatenate(boxes)[:n],
+        tuple(_grid(tiles) for tiles in images),
     )
 
 
-def _in_pixels(box: Box | None, frame: Box | None) -> Box:
-    if box is None or frame is None:
-        return (math.nan,) * 4
+def _in_pixels(boxes: np.ndarray, frame: Box | None) -> np.ndarray:
+    if frame is None:
+        return np.full_like(boxes, np.nan)
     left, top, right, bottom = frame
-    x0, y0, x1, y1 = box
-    width, height = right - left, bottom - top
-    return (left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height)
+    size = np.array([right - left, bottom - top] * 2)
+    return np.array([left, top] * 2) + boxes * size
 
 
 def _grid(tiles: list[Tile]) -> ImageGrid:

@@ -1,5 +1,7 @@
 """The proof of an edit: where it fired, what it touched and by how much it changed it."""
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +83,24 @@ class Landing:
             self.cells.append((int(row), int(column), site, c))
             self._call.append((int(row), bool(d)))
 
+    def record_text(
+        self,
+        row: int,
+        column: int,
+        old: Sequence[int],
+        new: Sequence[int],
+        writing: object,
+        *,
+        removed: bool = False,
+    ) -> None:
+        """Note that a piece of text went from the tokens `old` to `new`, or was `removed` with its
+        markers: its relative change is the share of tokens that differ."""
+        if writing is not self._forward:
+            self._forward = writing
+            self.fired += 1
+        self.cells.append((row, column, "text", text_change(old, new)))
+        self._call.append((row, removed or list(old) != list(new)))
+
     def begin(self) -> None:
         """Start a new call: what it touches is judged at its end."""
         self._call.clear()
@@ -116,3 +136,12 @@ class Landing:
                 f"{where} left all {len(touched)} touched rows bit for bit as they were; "
                 "give it another donor, or use il.Sham() if that is what you mean"
             )
+
+
+def text_change(old: Sequence[int], new: Sequence[int]) -> float:
+    """The share of tokens that differ: 0 for equal texts, 1 where nothing is in common.
+
+    >>> text_change([1, 2, 3, 4], [1, 2, 3, 5])
+    0.25
+    """
+    return 1.0 - difflib.SequenceMatcher(None, list(old), list(new), autojunk=False).ratio()

@@ -64,7 +64,7 @@ def _check_folder(name: str | Path) -> None:
         ):
             raise CheckpointError(
                 f"{name!s} is neither a folder nor a Hub id of the form 'owner/name'; "
-                "check the path, or ask il.organisms() for the shipped ones"
+                "check the path, or ask il.organisms.available() for the shipped ones"
             )
         return
     held = sorted(p.name for p in path.iterdir())

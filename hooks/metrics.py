@@ -49,12 +49,25 @@ class Readout:
 
 @dataclass(frozen=True)
 class Metric:
-    """A named function of a `Readout`; `needs_source` refuses runs without a source answer."""
+    """A named function of a `Readout`.
+
+    Attributes:
+        unit: of its values; "share" are 0 or 1.
+        needs_source: it compares with a source answer, and refuses runs that have none.
+        nested: it is the same function in every nested world. `accuracy` is not, for what is right
+            depends on the input that runs.
+    """
 
     name: str
     fn: Callable[[Readout], Float[torch.Tensor, " example"]]
     unit: str
     needs_source: bool = False
+    nested: bool = True
+
+    @property
+    def binary(self) -> bool:
+        """Whether every value is 0 or 1."""
+        return self.unit == "share"
 
     def __call__(self, readout: Readout) -> Float[torch.Tensor, " example"]:
         """One value per example; nan where the answer is missing."""
@@ -134,8 +147,8 @@ source_answer = Metric(
     "source_answer", lambda r: _matches(r, r.targets.source_answers), "share", needs_source=True
 )
 base_answer = Metric("base_answer", lambda r: _matches(r, r.targets.base_answers), "share")
-accuracy = Metric("accuracy", lambda r: _matches(r, r.targets.base_answers), "share")
-flip = Metric("flip", _flip, "share")
+accuracy = Metric("accuracy", lambda r: _matches(r, r.targets.base_answers), "share", nested=False)
+flip = Metric("flip", _flip, "share", nested=False)
 
 
 def targets_of(

@@ -12,7 +12,12 @@ import nnsight
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
 
 from imaginelens.hooks import answers, engine
 from imaginelens.hooks import positions as select
@@ -20,9 +25,9 @@ from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.cache import ActivationCache
 from imaginelens.hooks.describe import Description, describe
 from imaginelens.hooks.edits import Edit
-from imaginelens.hooks.entries import CaptureEntry, Chunk, EditEntry, HookEntry
+from imaginelens.hooks.entries import CaptureEntry, Chunk, HookEntry
 from imaginelens.hooks.errors import InputError
-from imaginelens.hooks.families import equipped, family_of, family_on_disk
+from imaginelens.hooks.families import Family, equipped, family_of, family_on_disk
 from imaginelens.hooks.generate import LatentLoop, unembed_projected
 from imaginelens.hooks.grid import lay_out
 from imaginelens.hooks.landing import Landing
@@ -35,11 +40,13 @@ from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
 from imaginelens.hooks.readout import answer_columns, read_out
 from imaginelens.hooks.registry import HookRegistry
+from imaginelens.hooks.rewriting import ForcedText, OwnLimit, Speller, as_written_by, rewritten
 from imaginelens.hooks.run import Run, assemble, finish, wanted_while_generating
 from imaginelens.hooks.script import Script, script_of
 from imaginelens.hooks.sites import find_sites
 from imaginelens.hooks.spec import Force, LatentSpec, Skip
 from imaginelens.hooks.structure import find_structure
+from imaginelens.hooks.textedits import TextEntry, edit_entry
 from imaginelens.hooks.tokens import Kind, TokenMap, map_prompt
 
 Hooks = Sequence[tuple[NamesFilter, Callable[..., torch.Tensor | None]]]
@@ -52,11 +59,13 @@ class LatentModel:
     Args:
         model: an instantiated Hugging Face model; it is wrapped, never changed.
         processor: its processor; without one only encoded inputs are taken.
-        spec: how the family writes latent tokens; None recognises it, `False` means no latents.
+        spec: how the family writes latent tokens (`il.LatentSpec`) or imagines in words
+            (`il.TextSpec`); None recognises it, `False` means neither.
         answer: finds the answer in what the model wrote: a function of `il.answers`, or a callable
             from text to text; None is the family's own way, or all that was written.
 
     Attributes:
+        family: how it imagines; `spec` is the same for a family of latent tokens, or else None.
         registry: every site by name, and what is active on it.
         structure: where the parts of the model are.
     """
@@ -65,7 +74,7 @@ class LatentModel:
         self,
         model: PreTrainedModel,
         processor: Any = None,
-        spec: LatentSpec | Literal[False] | None = None,
+        spec: Family | Literal[False] | None = None,
         *,
         answer: Callable[[str], Any] | None = None,
     ) -> None:
@@ -74,11 +83,14 @@ class LatentModel:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.structure = find_structure(model)
         found = family_of(model.config, self.tokenizer) if spec is None else spec
-        self.spec: LatentSpec | None = equipped(found, model) if found else None
+        self.family: Family | None = found or None
+        self.spec: LatentSpec | None = (
+            equipped(found, model) if isinstance(found, LatentSpec) else None
+        )
         self.span_tokens = (
             None if self.spec is None else self.spec.resolve(self.tokenizer, model.config)
         )
-        usual = None if self.spec is None else self.spec.answer
+        usual = None if self.family is None else self.family.answer
         strays = () if self.spec is None else self.spec.strings
         finder = answers.from_callable(answer or usual or answers.tail)
         self.find_answer: AnswerFinder = answers.without(finder, strays)
@@ -92,7 +104,7 @@ class LatentModel:
         cls,
         name: str | Path,
         *,
-        spec: LatentSpec | Literal[False] | None = None,
+        spec: Family | Literal[False] | None = None,
         answer: Callable[[str], Any] | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
@@ -175,7 +187,7 @@ class LatentModel:
             model=self.model,
             processor=self.processor,
             image_token_id=self.structure.image_token_id,
-            style=None if self.spec is None else self.spec.prompt,
+            style=None if self.family is None else self.family.prompt,
         )
 
     def tokens(self, inputs: Any) -> TokenMap:
@@ -193,13 +205,83 @@ class LatentModel:
         seed: int,
         keep_logits: bool,
     ) -> Run:
+        """Generate as hooks are now, and again for each edit of written imagination."""
+        how = (max_new_tokens, latents, generation, seed, keep_logits)
+        self.registry.begin()
+        run = self._write(prompt, names_filter, positions, *how)
+        entries = self.registry.text_edits()
+        if entries:
+            run = self.respelled(run, entries, names_filter=names_filter, positions=positions)
+            run = replace(run, acted=run.acted | {entry.number for entry in entries})
+        self.registry.judge(len(run), str(run.trigger))
+        return run
+
+    def respelled(
+        self,
+        run: Run,
+        entries: Sequence[TextEntry],
+        *,
+        context: Context = "free",
+        names_filter: NamesFilter | Literal[False] = False,
+        positions: Sequence[Positions] = DEFAULT_POSITIONS,
+    ) -> Run:
+        """A run written again with its imagination edited: in free context the model goes on by
+        itself behind each edited span, in fixed context the text behind it stays."""
+        limit, *others = run.options
+        _, generation, *_ = others
+        limit = self._generation_config(limit, dict(generation or {})).max_new_tokens
+
+        def write(forced: ForcedText) -> Run:
+            most = max(forced.limits)
+            new = self._write(run.prompt, names_filter, positions, most, *others, forced=forced)
+            return replace(new, options=run.options)
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        speller = Speller(self.encode, decode)
+        return rewritten(run, entries, context, limit=limit, write=write, spell=speller)
+
+    def retell(self, run: Run, *, like: Run) -> Run:
+        """Run an input again while it writes what another run wrote; its latents are its own.
+
+        This is how two inputs are compared at one text: everything between them but the text and
+        the number of latents may differ.
+        """
+        forced = as_written_by(like)
+        forced.width = run.tokens.prompt_width
+        _, *others = run.options
+        limit = max(map(len, forced.ids))
+        new = self._write(run.prompt, False, DEFAULT_POSITIONS, limit, *others, forced=forced)
+        return replace(new, options=run.options)
+
+    def _write(
+        self,
+        prompt: Prompt,
+        names_filter: NamesFilter | Literal[False],
+        positions: Sequence[Positions],
+        max_new_tokens: int | None,
+        latents: Skip | Force | None,
+        generation: Mapping[str, Any] | None,
+        seed: int,
+        keep_logits: bool,
+        *,
+        forced: ForcedText | None = None,
+    ) -> Run:
+        """Generate once, with what is `forced` written first."""
         spec = self.spec if latents is None else latents.applied_to(self.spec)
         options = dict(generation or {})
+        processors = list(options.get("logits_processor") or [])
         if isinstance(latents, Skip):
-            options["logits_processor"] = self._without_open(options.get("logits_processor"))
+            processors += self._without_open()
+        if forced is not None:
+            processors.append(forced)
+            stopping = [*(options.get("stopping_criteria") or []), OwnLimit(forced)]
+            options["stopping_criteria"] = StoppingCriteriaList(stopping)
+        if processors:
+            options["logits_processor"] = LogitsProcessorList(processors)
         capture = self._capture(names_filter, wanted_while_generating(positions))
         config = self._generation_config(max_new_tokens, options)
-        self.registry.begin()
         scope = self.registry.scope([] if capture is None else [capture])
         with torch.no_grad(), engine.untouched(self._stateful), scope:
             loop = LatentLoop(
@@ -230,9 +312,7 @@ class LatentModel:
             ),
         )
         how = (max_new_tokens, latents, generation, seed, keep_logits)
-        run = replace(run, options=how, acted=self.registry.acting("hook_latent"))
-        self.registry.judge(len(run), str(run.trigger))
-        return run
+        return replace(run, options=how, acted=self.registry.acting("hook_latent"))
 
     def _generation_config(
         self, max_new_tokens: int | None, options: dict[str, Any]
@@ -253,14 +333,13 @@ class LatentModel:
         config.return_dict_in_generate = False
         return config
 
-    def _without_open(self, others: Any) -> LogitsProcessorList:
-        processors = LogitsProcessorList(others or [])
-        if self.span_tokens is not None:
-            never = SuppressTokensLogitsProcessor(
-                [self.span_tokens.open], device=str(self.model.device)
-            )
-            processors.append(never)
-        return processors
+    def _without_open(self) -> list[LogitsProcessor]:
+        """What keeps the open token from being sampled."""
+        if self.span_tokens is None:
+            return []
+        return [
+            SuppressTokensLogitsProcessor([self.span_tokens.open], device=str(self.model.device))
+        ]
 
     # ---- TransformerLens' verbs ------------------------------------------------------------
 
@@ -344,7 +423,7 @@ class LatentModel:
         """
         check_arguments(edit=edit, at=at)
         sites = tuple(self.registry.match(site))
-        entry = EditEntry(sites, edit, at, Landing(type(edit).__name__, repr(at), sites))
+        entry = edit_entry(edit, at, sites)
         with self.registry.scope([entry]):
             yield entry.landing
 
@@ -358,7 +437,7 @@ class LatentModel:
         metric: Metric = logit_diff,
         context: Context = "free",
         base_answers: str | Sequence[str] | None = None,
-        source_answers: str | Sequence[str] | None = None,
+        source_answers: str | Sequence[str | None] | None = None,
     ) -> PatchResult:
         """Run the base with the source's states at a site: how far does the answer move?
 
@@ -386,7 +465,7 @@ class LatentModel:
         metric: Metric = logit_diff,
         context: Context = "free",
         base_answers: str | Sequence[str] | None = None,
-        source_answers: str | Sequence[str] | None = None,
+        source_answers: str | Sequence[str | None] | None = None,
     ) -> PatchResult:
         """Give the base the source's latents, as they were fed back: `patch` at `hook_latent`."""
         return self.patch(
@@ -538,7 +617,7 @@ class LatentModel:
 
     def describe(self) -> Description:
         """What this model is to the library: family, sites, grid rule, and what is missing."""
-        return describe(self.model, self.structure, self.registry.table, self.spec)
+        return describe(self.model, self.structure, self.registry.table, self.spec or self.family)
 
     def estimate_bytes(
         self, names_filter: NamesFilter, *, n_examples: int, n_positions: int

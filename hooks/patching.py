@@ -16,6 +16,7 @@ from imaginelens.hooks.metrics import Metric, Readout, Targets, targets_of
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.run import Run
+from imaginelens.hooks.textedits import TextEntry, edit_entry
 
 if TYPE_CHECKING:
     from imaginelens.hooks.model import LatentModel
@@ -95,13 +96,13 @@ def patch(
     metric: Metric,
     context: Context,
     base_answers: str | Sequence[str] | None = None,
-    source_answers: str | Sequence[str] | None = None,
+    source_answers: str | Sequence[str | None] | None = None,
 ) -> PatchResult:
     """Run the base with the source's states at some sites and positions (denoising)."""
     check_arguments(at=at, metric=metric)
     base_run = _as_run(lens, base)
     sites = lens.registry.match(site)
-    donor = _donor(lens, source, sites, at, context)
+    donor = donor_run(lens, source, sites, at, context)
     answers = _answers(source_answers, donor)
     return edited(
         lens,
@@ -135,7 +136,7 @@ def ablate(
     run = _as_run(lens, inputs)
     sites = lens.registry.match(site)
     if isinstance(edit, Shuffle) and edit.run is None:
-        edit = replace(edit, run=_donor(lens, run, sites, at, context))
+        edit = replace(edit, run=donor_run(lens, run, sites, at, context))
     wanted = _answers(answers, run)
     draws = edit.draws if isinstance(edit, AddNoise | Noise | Resample) else 1
     results = [
@@ -163,14 +164,20 @@ def edited(
     base_answers: Sequence[str | None],
     source_answers: Sequence[str | None],
     draw: int = 0,
+    targets: Targets | None = None,
+    compared_to: Readout | None = None,
 ) -> PatchResult:
     """Measure a metric on a run without and with an edit.
 
     In free context the edited run is generated anew; in fixed context its text stays as it was.
+
+    Args:
+        targets: the answers' tokens, where they were found in another run.
+        compared_to: the readout that `il.kl` and `il.flip` compare with; this run's own if None.
     """
     if context not in ("free", "fixed"):
         raise InputError(f"context is {context!r}; choose 'free' or 'fixed'")
-    if run.parse_coverage == 0:
+    if targets is None and run.parse_coverage == 0:
         raise InputError(
             f"no answer was found in what the unedited run wrote ({run.texts[0][:60]!r}); "
             "pass answer=il.answers.boxed, .letter, .after('...') or a callable to il.load"
@@ -182,18 +189,25 @@ def edited(
         )
     if len(source_answers) != len(run):
         source_answers = list(source_answers) * len(run)
-    targets = targets_of(run, base_answers, source_answers, lens.encode)
+    if targets is None:
+        targets = targets_of(run, base_answers, source_answers, lens.encode)
     metric.check(targets)
-    before = lens.read_answer(run, targets)
-    entry = EditEntry(tuple(sites), edit, at, Landing(_name(edit), repr(at), tuple(sites)), draw)
-    if context == "fixed":
+    before = lens.read_answer(run, targets, unedited=compared_to, free=context == "free")
+    compared = before if compared_to is None else compared_to
+    entry = edit_entry(edit, at, sites, draw=draw)
+    new: Run | None = None
+    if isinstance(entry, TextEntry):
+        entry.begin()
+        new = lens.respelled(run, [entry], context=context)
+        entry.judge(len(run), str(run.trigger))
+        after = lens.read_answer(new, targets, unedited=compared, free=context == "free")
+    elif context == "fixed":
         with lens.registry.scope([entry]), _judged(lens, run):
-            after = lens.read_answer(run, targets, unedited=before)
-        new = None
+            after = lens.read_answer(run, targets, unedited=compared)
     else:
         with lens.registry.scope([entry]):
             new = lens.rerun(run)
-        after = _read_again(lens, new, targets, before, entry)
+        after = _read_again(lens, new, targets, compared, entry)
     return PatchResult(
         before=metric(before),
         after=metric(after),
@@ -227,7 +241,7 @@ def _judged(lens: "LatentModel", run: Run) -> Iterator[None]:
     lens.registry.judge(len(run), str(run.trigger), run.acted)
 
 
-def _donor(
+def donor_run(
     lens: "LatentModel", source: Any, sites: Sequence[str], at: Positions, context: Context
 ) -> Run:
     """The source's run, with its states captured on the path the base will take."""
@@ -253,7 +267,7 @@ def _as_run(lens: "LatentModel", inputs: Any) -> Run:
     return inputs if isinstance(inputs, Run) else lens.run(inputs)
 
 
-def _answers(given: str | Sequence[str] | None, run: Run) -> list[str | None]:
+def _answers(given: str | Sequence[str | None] | None, run: Run) -> list[str | None]:
     """The answers to speak of: those given, or what the unedited run answered."""
     if given is None:
         return list(run.answers)

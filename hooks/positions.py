@@ -44,7 +44,7 @@ class LatentPositions(Positions):
 
     def __repr__(self) -> str:
         prefix = "latent" if self.span is None else f"span[{self.span}].latent"
-        return prefix + _spell(self.index)
+        return prefix + spell(self.index)
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,11 @@ class ImagePositions(Positions):
         )
 
     def __repr__(self) -> str:
-        image = f"image{_spell(self.image)}"
+        image = f"image{spell(self.image)}"
         if self.cells is None:
             return image
         shown = [c for c in self.cells if c is not None] if self.image is not None else self.cells
-        return f"{image}[{', '.join(_spell(c)[1:-1] or ':' for c in shown)}]"
+        return f"{image}[{', '.join(spell(c)[1:-1] or ':' for c in shown)}]"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,8 @@ def _as_slice(index: Index, size: int, what: str) -> slice:
     return index
 
 
-def _spell(index: Index) -> str:
+def spell(index: Index) -> str:
+    """An index as it was written, brackets included; nothing for None."""
     if index is None:
         return ""
     if isinstance(index, int):

@@ -248,9 +248,9 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
                 f"the prompt has {n} image tokens and no pixel_values; "
                 "pass the processor's full output"
             )
-    dtype = next(model.parameters()).dtype
+    weight = next(model.parameters())
     moved = {
-        k: v.to(model.device, dtype if v.is_floating_point() else None)
+        k: v.to(weight.device, weight.dtype if v.is_floating_point() else None)
         for k, v in inputs.items()
         if isinstance(v, torch.Tensor) and k != "labels"  # PaliGemma's processor adds some
     }

@@ -20,10 +20,10 @@ from imaginelens.hooks.attention import patterns
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import Chunk, EditEntry, Entry, HookEntry, HookFn, HookPoint
 from imaginelens.hooks.errors import SiteUnavailable
-from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.names import NamesFilter, match
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.sites import Site, SiteTable
+from imaginelens.hooks.textedits import TextEntry, edit_entry
 
 
 @dataclass(eq=False, repr=False)
@@ -57,6 +57,7 @@ class HookRegistry(Mapping[str, Site]):
             f"  {site}: {', '.join(_named(entry) for entry in entries)}"
             for site, entries in self.active.items()
         ]
+        lines += [f"  text: {_named(entry)}" for entry in self.text_edits()]
         return "\n".join(lines)
 
     def match(self, names_filter: NamesFilter) -> list[str]:
@@ -66,6 +67,8 @@ class HookRegistry(Mapping[str, Site]):
             HookNameError: nothing matches.
             SiteUnavailable: the filter names a site that this model cannot offer, and why.
         """
+        if isinstance(names_filter, str) and names_filter in self.table:
+            return [names_filter]
         wanted = [names_filter] if isinstance(names_filter, str) else names_filter
         if wanted is not None and not callable(wanted):
             for pattern in wanted:
@@ -83,13 +86,13 @@ class HookRegistry(Mapping[str, Site]):
         at: Positions | None = None,
         direction: Literal["fwd", "bwd"] = "fwd",
         permanent: bool = False,
-    ) -> HookEntry | EditEntry:
+    ) -> HookEntry | EditEntry | TextEntry:
         """Activate a hook function or an edit at the sites that a filter selects.
 
         Edits need `at`, the positions they touch; hook functions see the whole activation.
         """
         sites = tuple(self.match(names_filter))
-        entry: HookEntry | EditEntry
+        entry: HookEntry | EditEntry | TextEntry
         if isinstance(action, Edit):
             if at is None:
                 raise TypeError(
@@ -101,8 +104,7 @@ class HookRegistry(Mapping[str, Site]):
                     f"{type(action).__name__} cannot be permanent or act backwards; hook functions "
                     "can, edits hold until registry.clear() or for a block of lens.edit"
                 )
-            landing = Landing(type(action).__name__, repr(at), sites)
-            entry = EditEntry(sites, action, at, landing)
+            entry = edit_entry(action, at, sites)
         else:
             entry = HookEntry(sites, action, direction, permanent)
         self.entries.append(entry)
@@ -144,16 +146,20 @@ class HookRegistry(Mapping[str, Site]):
         for entry in self.edits():
             entry.begin()
 
-    def edits(self) -> list[EditEntry]:
+    def edits(self) -> list[EditEntry | TextEntry]:
         """The active edits."""
-        return [e for e in self.entries if isinstance(e, EditEntry)]
+        return [e for e in self.entries if isinstance(e, EditEntry | TextEntry)]
 
     def judge(self, n_rows: int, seen: str, acted: frozenset[int] = frozenset()) -> None:
         """End a call: refuse it if an active edit did nothing. Edits of latents that had `acted`
         before, on the run that is read, have nothing left to do."""
         for entry in self.edits():
-            if entry.number not in acted or set(entry.sites) != {"hook_latent"}:
+            if entry.number not in acted or set(entry.sites) - {"hook_latent"}:
                 entry.judge(n_rows, seen)
+
+    def text_edits(self) -> list[TextEntry]:
+        """The active edits of written imagination."""
+        return [e for e in self.entries if isinstance(e, TextEntry)]
 
     def acting(self, site: str) -> frozenset[int]:
         """The numbers of what is active at a site."""
@@ -251,7 +257,7 @@ class HookRegistry(Mapping[str, Site]):
 
 
 def _named(entry: Entry) -> str:
-    if isinstance(entry, EditEntry):
+    if isinstance(entry, EditEntry | TextEntry):
         return f"{type(entry.edit).__name__} at {entry.at!r}"
     return str(getattr(getattr(entry, "fn", entry), "__name__", type(entry).__name__))
 

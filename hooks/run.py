@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.cache import ActivationCache
 from imaginelens.hooks.entries import CaptureEntry
-from imaginelens.hooks.errors import DonorError
+from imaginelens.hooks.errors import DonorError, InputError
 from imaginelens.hooks.generate import LatentLoop, SpanRecord
 from imaginelens.hooks.positions import AnswerPositions, Positions
 from imaginelens.hooks.prompts import Prompt
@@ -37,6 +37,11 @@ class Trigger:
     def rate(self) -> float:
         """Share of examples that fed back at least one latent."""
         return float(np.mean([n > 0 for n in self.emitted]))
+
+    @property
+    def emitters(self) -> list[int]:
+        """The rows that fed back at least one latent."""
+        return [row for row, n in enumerate(self.emitted) if n > 0]
 
     def __str__(self) -> str:
         ends: dict[str, int] = {}
@@ -174,6 +179,20 @@ class Run:
         for row in range(min(len(self), 4)):
             lines.append(f"  {row}: answer {self.answers[row]!r}, text {self.texts[row][:70]!r}")
         return "\n".join(lines + (["  ..."] if len(self) > 4 else []))
+
+
+def always_emitters(*runs: Run) -> list[int]:
+    """The rows that feed back latents in every one of several unedited runs, base and source, say.
+
+    Whether an edited run emits is a consequence of the edit: do not select by it.
+
+    Raises:
+        InputError: the runs have unequal numbers of rows.
+    """
+    sizes = {len(run) for run in runs}
+    if len(sizes) != 1:
+        raise InputError(f"runs of {sorted(sizes)} rows do not pair up; give runs of equal size")
+    return sorted(set.intersection(*(set(run.trigger.emitters) for run in runs)))
 
 
 def finish(

@@ -124,14 +124,15 @@ class TokenMap:
     def text(self, row: int, start: int = 0, stop: int | None = None) -> str:
         """The decoded text between two columns, padding left out."""
         keep = [c for c in range(*slice(start, stop).indices(self.width)) if self.kind[row, c]]
-        return "".join(self._pieces(row, keep))
+        return "".join(self.texts(row, keep))
 
-    def _pieces(self, row: int, columns: Sequence[int]) -> list[str]:
+    def texts(self, row: int, columns: Sequence[int]) -> list[str]:
+        """The text that each of the columns adds to the one before it."""
         return pieces(self.tokenizer, [int(self.ids[row, c]) for c in columns])
 
     def _piece_at(self, row: int, column: int) -> str:
         prev = [column - 1] if column > self.start(row) else []
-        return self._pieces(row, [*prev, column])[-1]
+        return self.texts(row, [*prev, column])[-1]
 
     def find(self, row: int, needle: str) -> np.ndarray:
         """The columns of the tokens that overlap the first occurrence of `needle`."""
@@ -142,7 +143,7 @@ class TokenMap:
         self, row: int, columns: np.ndarray, finder: Callable[[str], tuple[int, int] | None]
     ) -> np.ndarray:
         """Those of the columns whose tokens overlap the character range that `finder` finds."""
-        parts = self._pieces(row, columns.tolist())
+        parts = self.texts(row, columns.tolist())
         found = finder("".join(parts))
         if found is None:
             return np.zeros(0, dtype=int)

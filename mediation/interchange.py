@@ -16,6 +16,7 @@ from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.metrics import kl, same
 from imaginelens.hooks.pairs import Hypothesis, Steps
 from imaginelens.hooks.positions import LatentPositions
+from imaginelens.hooks.textspans import ImaginationPositions
 
 OTHER, UNDETERMINED = "other", "undetermined"
 
@@ -87,9 +88,9 @@ class Interchange:
 
     def __repr__(self) -> str:
         shares = self.shares()
-        steps = "all latents" if self.steps is None else f"latents {list(self.steps)}"
         n = next(iter(shares.values())).n
-        lines = [f"Interchange of {steps} on {n} of {len(self.answers)} pairs: {self.winner()}"]
+        where, total = self.landing.at, len(self.answers)
+        lines = [f"Interchange at {where} on {n} of {total} pairs: {self.winner()}"]
         lines += [f"  {name:<12} {share}" for name, share in shares.items()]
         return "\n".join(lines + ([f"  {self.missing} without an answer"] * bool(self.missing)))
 
@@ -99,16 +100,17 @@ def interchange(
     pairs: Pairs,
     *,
     hypotheses: Mapping[str, Hypothesis] | None = None,
-    at: LatentPositions = latent,
+    at: LatentPositions | ImaginationPositions = latent,
 ) -> Interchange:
     """Swap the sources' latents into the bases and compare the answers with each hypothesis.
 
     Args:
         hypotheses: by name, `(base, source, steps) -> answer`; the pairs' own if left out.
-        at: which latents; later ones are computed anew.
+        at: which latents; later ones are computed anew. Or `il.imagination`, all that was written.
 
     Raises:
-        InputError: there are fewer than two hypotheses, so nothing is compared.
+        InputError: there are fewer than two hypotheses, so nothing is compared; or `at` is a part
+            of what was written, which is no step that a hypothesis speaks of.
     """
     rules = pairs.hypotheses if hypotheses is None else hypotheses
     if len(rules) < 2:
@@ -132,10 +134,14 @@ def interchange(
     return Interchange(result.answers_after, predictions, steps, result.landing)
 
 
-def _steps(at: LatentPositions) -> Steps:
+def _steps(at: LatentPositions | ImaginationPositions) -> Steps:
     """The steps a selector names, as hypotheses take them."""
     if at.index is None:
         return None
+    if isinstance(at, ImaginationPositions):
+        raise InputError(
+            f"{at!r} selects spans of text, and hypotheses speak of steps; use at=il.imagination"
+        )
     if isinstance(at.index, int):
         return (at.index,)
     if at.index.stop is None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LINES = """
 import imaginelens as il
 
@@ -37,6 +39,7 @@ lens.patch(base=task.base[0], source=task.source[0], site="blocks.1.hook_resid_p
 lens.ablate(task.base[0], il.Mean(reference), at=il.latent, metric=il.log_prob)
 lens.swap(task.base[0], task.source[0], at=il.latent, context="fixed")
 
+<MEDIATION>
 il.latent, il.latent[2], il.latent[1:4], il.span[0].latent, il.image, il.image[0][3:6, 2:9], il.text.find("red cube"), il.before_answer
 il.answer, il.last_prompt, il.positions([4, 7])
 import hooks, probes
@@ -44,14 +47,47 @@ assert hooks.MINE and probes.MINE
 print("CONTRACT HELD")
 """  # noqa: E501
 
+MEDIATION = """
+worlds = il.counterfactuals(lens, task, metric=il.source_answer, context="free")
+effects = worlds.effects()
+effects.te, effects.pnde, effects.tnde, effects.pnie, effects.tnie, effects.cde, effects.int_ref, effects.int_med, effects.prop_mediated
+effects.tnie.ci(), effects.tnie.pvalue(), effects.tnie.equivalence(margin=0.05), effects.tnie.verdict(margin=0.05)
+effects.tnie.verdict(margin=il.relative(0.05))
+il.interchange(lens, task, hypotheses=task.hypotheses, at=il.latent).shares()
+necessity = il.necessity(lens, task, edits=[il.Constant(), il.AddNoise(0.3), il.Noise(), il.Zero(), il.Sham()], metric=il.accuracy)
+dependence = il.input_dependence(lens, task)
+print(worlds, effects, necessity, dependence)
+assert worlds.controls.sham == 0 and effects.te.value > 0.9
+"""  # noqa: E501
+ORGANISMS = """
+import imaginelens as il
+
+for name in ("latent-pointer", "latent-ignored", "latent-ignored-aligned"):
+    lens = il.load(name)
+    task = lens.task(n=64, seed=0)
+    <MEDIATION>
+print("CONTRACT HELD")
+"""
+
+
+def run(lines: str, folder: Path) -> None:
+    """Run lines as a user's script."""
+    (folder / "mine.py").write_text(lines)
+    done = subprocess.run(
+        [sys.executable, "mine.py"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONTRACT HELD" in done.stdout
+
 
 def test_the_contract_runs_as_written_beside_a_users_own_modules(tmp_path: Path) -> None:
     (tmp_path / "hooks.py").write_text("MINE = True\n")
     (tmp_path / "probes").mkdir()
     (tmp_path / "probes" / "__init__.py").write_text("MINE = True\n")
-    (tmp_path / "mine.py").write_text(LINES)
-    done = subprocess.run(
-        [sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "CONTRACT HELD" in done.stdout
+    run(LINES.replace("<MEDIATION>", MEDIATION), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_mediation_lines_run_on_the_other_organisms(tmp_path: Path) -> None:
+    indented = MEDIATION.strip().replace("\n", "\n    ")
+    run(ORGANISMS.replace("<MEDIATION>", indented), tmp_path)

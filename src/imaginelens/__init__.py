@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "imaginelens.estimates": (
+        "Estimate",
+        "relative",
+    ),
     "imaginelens.hooks": (
         "ActivationCache",
         "AddNoise",
+        "BlankImage",
+        "BlurImage",
         "CheckpointError",
         "Constant",
+        "CropImage",
+        "Delete",
         "DonorError",
         "Edit",
         "EditContext",
@@ -24,6 +32,7 @@ _HOME = {
         "HookNameError",
         "HookRegistry",
         "ImagineLensError",
+        "InputEdit",
         "InputError",
         "Landing",
         "LatentModel",
@@ -31,12 +40,16 @@ _HOME = {
         "Mean",
         "Metric",
         "Noise",
+        "NoiseImage",
+        "OccludeCells",
         "Pairs",
+        "PasteRegion",
         "PatchResult",
         "PositionError",
         "Project",
         "Replace",
         "Resample",
+        "Rewrite",
         "Run",
         "Sham",
         "Shuffle",
@@ -45,9 +58,15 @@ _HOME = {
         "Slerp",
         "Steer",
         "Swap",
+        "SwapImage",
+        "SwapInstance",
+        "SwapText",
+        "TextSpec",
         "TokenMap",
+        "Truncate",
         "Zero",
         "accuracy",
+        "always_emitters",
         "answer",
         "answers",
         "base_answer",
@@ -55,6 +74,7 @@ _HOME = {
         "flip",
         "get_act_name",
         "image",
+        "imagination",
         "kl",
         "last_prompt",
         "latent",
@@ -66,186 +86,117 @@ _HOME = {
         "span",
         "text",
     ),
-    "imaginelens.mediation": ("Interchange", "interchange"),
-    "imaginelens.organisms": ("Organism", "load", "organisms"),
+    "imaginelens.mediation": (
+        "Dependence",
+        "Effects",
+        "Interchange",
+        "Interventional",
+        "Necessity",
+        "PotentialOutcomes",
+        "counterfactuals",
+        "input_dependence",
+        "interchange",
+        "interventional",
+        "necessity",
+    ),
+    "imaginelens.organisms": ("Organism", "load"),
 }
+_PARTS = ("estimates", "hooks", "mediation", "organisms", "probes", "view")
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = [*_WHERE, "__version__"]
+__all__ = [*_WHERE, *_PARTS, "__version__"]
 
 if TYPE_CHECKING:
-    from imaginelens.hooks import (
-        FAMILIES as FAMILIES,
-    )
-    from imaginelens.hooks import (
-        ActivationCache as ActivationCache,
-    )
-    from imaginelens.hooks import (
-        AddNoise as AddNoise,
-    )
-    from imaginelens.hooks import (
-        CheckpointError as CheckpointError,
-    )
-    from imaginelens.hooks import (
-        Constant as Constant,
-    )
-    from imaginelens.hooks import (
-        DonorError as DonorError,
-    )
-    from imaginelens.hooks import (
-        Edit as Edit,
-    )
-    from imaginelens.hooks import (
-        EditContext as EditContext,
-    )
-    from imaginelens.hooks import (
-        EditTouchedNothing as EditTouchedNothing,
-    )
-    from imaginelens.hooks import (
-        FirstRepeat as FirstRepeat,
-    )
-    from imaginelens.hooks import (
-        Force as Force,
-    )
-    from imaginelens.hooks import (
-        HookNameError as HookNameError,
-    )
-    from imaginelens.hooks import (
-        HookRegistry as HookRegistry,
-    )
-    from imaginelens.hooks import (
-        ImagineLensError as ImagineLensError,
-    )
-    from imaginelens.hooks import (
-        InputError as InputError,
-    )
-    from imaginelens.hooks import (
-        Landing as Landing,
-    )
-    from imaginelens.hooks import (
-        LatentModel as LatentModel,
-    )
-    from imaginelens.hooks import (
-        LatentSpec as LatentSpec,
-    )
-    from imaginelens.hooks import (
-        Mean as Mean,
-    )
-    from imaginelens.hooks import (
-        Metric as Metric,
-    )
-    from imaginelens.hooks import (
-        Noise as Noise,
-    )
-    from imaginelens.hooks import (
-        Pairs as Pairs,
-    )
-    from imaginelens.hooks import (
-        PatchResult as PatchResult,
-    )
-    from imaginelens.hooks import (
-        PositionError as PositionError,
-    )
-    from imaginelens.hooks import (
-        Project as Project,
-    )
-    from imaginelens.hooks import (
-        Replace as Replace,
-    )
-    from imaginelens.hooks import (
-        Resample as Resample,
-    )
-    from imaginelens.hooks import (
-        Run as Run,
-    )
-    from imaginelens.hooks import (
-        Sham as Sham,
-    )
-    from imaginelens.hooks import (
-        Shuffle as Shuffle,
-    )
-    from imaginelens.hooks import (
-        SiteUnavailable as SiteUnavailable,
-    )
-    from imaginelens.hooks import (
-        Skip as Skip,
-    )
-    from imaginelens.hooks import (
-        Slerp as Slerp,
-    )
-    from imaginelens.hooks import (
-        Steer as Steer,
-    )
-    from imaginelens.hooks import (
-        Swap as Swap,
-    )
-    from imaginelens.hooks import (
-        TokenMap as TokenMap,
-    )
-    from imaginelens.hooks import (
-        Zero as Zero,
-    )
-    from imaginelens.hooks import (
-        accuracy as accuracy,
-    )
-    from imaginelens.hooks import (
-        answer as answer,
-    )
-    from imaginelens.hooks import (
-        answers as answers,
-    )
-    from imaginelens.hooks import (
-        base_answer as base_answer,
-    )
-    from imaginelens.hooks import (
-        before_answer as before_answer,
-    )
-    from imaginelens.hooks import (
-        flip as flip,
-    )
-    from imaginelens.hooks import (
-        get_act_name as get_act_name,
-    )
-    from imaginelens.hooks import (
-        image as image,
-    )
-    from imaginelens.hooks import (
-        kl as kl,
-    )
-    from imaginelens.hooks import (
-        last_prompt as last_prompt,
-    )
-    from imaginelens.hooks import (
-        latent as latent,
-    )
-    from imaginelens.hooks import (
-        log_prob as log_prob,
-    )
-    from imaginelens.hooks import (
-        logit_diff as logit_diff,
-    )
-    from imaginelens.hooks import (
-        positions as positions,
-    )
-    from imaginelens.hooks import (
-        prob as prob,
-    )
-    from imaginelens.hooks import (
-        source_answer as source_answer,
-    )
-    from imaginelens.hooks import (
-        span as span,
-    )
-    from imaginelens.hooks import (
-        text as text,
-    )
+    from imaginelens.estimates import Estimate as Estimate
+    from imaginelens.estimates import relative as relative
+    from imaginelens.hooks import FAMILIES as FAMILIES
+    from imaginelens.hooks import ActivationCache as ActivationCache
+    from imaginelens.hooks import AddNoise as AddNoise
+    from imaginelens.hooks import BlankImage as BlankImage
+    from imaginelens.hooks import BlurImage as BlurImage
+    from imaginelens.hooks import CheckpointError as CheckpointError
+    from imaginelens.hooks import Constant as Constant
+    from imaginelens.hooks import CropImage as CropImage
+    from imaginelens.hooks import Delete as Delete
+    from imaginelens.hooks import DonorError as DonorError
+    from imaginelens.hooks import Edit as Edit
+    from imaginelens.hooks import EditContext as EditContext
+    from imaginelens.hooks import EditTouchedNothing as EditTouchedNothing
+    from imaginelens.hooks import FirstRepeat as FirstRepeat
+    from imaginelens.hooks import Force as Force
+    from imaginelens.hooks import HookNameError as HookNameError
+    from imaginelens.hooks import HookRegistry as HookRegistry
+    from imaginelens.hooks import ImagineLensError as ImagineLensError
+    from imaginelens.hooks import InputEdit as InputEdit
+    from imaginelens.hooks import InputError as InputError
+    from imaginelens.hooks import Landing as Landing
+    from imaginelens.hooks import LatentModel as LatentModel
+    from imaginelens.hooks import LatentSpec as LatentSpec
+    from imaginelens.hooks import Mean as Mean
+    from imaginelens.hooks import Metric as Metric
+    from imaginelens.hooks import Noise as Noise
+    from imaginelens.hooks import NoiseImage as NoiseImage
+    from imaginelens.hooks import OccludeCells as OccludeCells
+    from imaginelens.hooks import Pairs as Pairs
+    from imaginelens.hooks import PasteRegion as PasteRegion
+    from imaginelens.hooks import PatchResult as PatchResult
+    from imaginelens.hooks import PositionError as PositionError
+    from imaginelens.hooks import Project as Project
+    from imaginelens.hooks import Replace as Replace
+    from imaginelens.hooks import Resample as Resample
+    from imaginelens.hooks import Rewrite as Rewrite
+    from imaginelens.hooks import Run as Run
+    from imaginelens.hooks import Sham as Sham
+    from imaginelens.hooks import Shuffle as Shuffle
+    from imaginelens.hooks import SiteUnavailable as SiteUnavailable
+    from imaginelens.hooks import Skip as Skip
+    from imaginelens.hooks import Slerp as Slerp
+    from imaginelens.hooks import Steer as Steer
+    from imaginelens.hooks import Swap as Swap
+    from imaginelens.hooks import SwapImage as SwapImage
+    from imaginelens.hooks import SwapInstance as SwapInstance
+    from imaginelens.hooks import SwapText as SwapText
+    from imaginelens.hooks import TextSpec as TextSpec
+    from imaginelens.hooks import TokenMap as TokenMap
+    from imaginelens.hooks import Truncate as Truncate
+    from imaginelens.hooks import Zero as Zero
+    from imaginelens.hooks import accuracy as accuracy
+    from imaginelens.hooks import always_emitters as always_emitters
+    from imaginelens.hooks import answer as answer
+    from imaginelens.hooks import answers as answers
+    from imaginelens.hooks import base_answer as base_answer
+    from imaginelens.hooks import before_answer as before_answer
+    from imaginelens.hooks import flip as flip
+    from imaginelens.hooks import get_act_name as get_act_name
+    from imaginelens.hooks import image as image
+    from imaginelens.hooks import imagination as imagination
+    from imaginelens.hooks import kl as kl
+    from imaginelens.hooks import last_prompt as last_prompt
+    from imaginelens.hooks import latent as latent
+    from imaginelens.hooks import log_prob as log_prob
+    from imaginelens.hooks import logit_diff as logit_diff
+    from imaginelens.hooks import positions as positions
+    from imaginelens.hooks import prob as prob
+    from imaginelens.hooks import source_answer as source_answer
+    from imaginelens.hooks import span as span
+    from imaginelens.hooks import text as text
+    from imaginelens.mediation import Dependence as Dependence
+    from imaginelens.mediation import Effects as Effects
     from imaginelens.mediation import Interchange as Interchange
+    from imaginelens.mediation import Interventional as Interventional
+    from imaginelens.mediation import Necessity as Necessity
+    from imaginelens.mediation import PotentialOutcomes as PotentialOutcomes
+    from imaginelens.mediation import counterfactuals as counterfactuals
+    from imaginelens.mediation import input_dependence as input_dependence
     from imaginelens.mediation import interchange as interchange
+    from imaginelens.mediation import interventional as interventional
+    from imaginelens.mediation import necessity as necessity
     from imaginelens.organisms import Organism as Organism
     from imaginelens.organisms import load as load
-    from imaginelens.organisms import organisms as organisms
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"imaginelens.{name}")
     if name not in _WHERE:
         raise AttributeError(f"imaginelens has no {name!r}; see dir(imaginelens)")
     value = getattr(import_module(_WHERE[name]), name)
@@ -254,4 +205,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted([*globals(), *_WHERE, *_PARTS])

@@ -13,7 +13,9 @@ from imaginelens.view import (
     HeatMap,
     KeyNumber,
     Measure,
+    Mechanism,
     Picture,
+    Prediction,
     Report,
     Row,
     Study,
@@ -109,6 +111,24 @@ def edits(accuracies: dict[str, float]) -> tuple[EditRow, ...]:
     return (unedited, *rows)
 
 
+def swap(winner: str) -> Mechanism:
+    """The winner came true in 36 of 38 decisive pairs, nothing in the other two."""
+    predictions = [
+        Prediction(
+            name,
+            f"what {name} means",
+            Measure(0.947, 38, (0.827, 0.985))
+            if name == winner
+            else Measure(0.0, 38, (0.0, 0.092)),
+            answer,
+        )
+        for name, answer in (("content", "triangle"), ("ignored", "ring"))
+    ]
+    predictions.append(Prediction("other", "neither", Measure(0.053, 38, (0.015, 0.173))))
+    answered = "triangle" if winner == "content" else "ring"
+    return Mechanism(tuple(predictions), winner, n_pairs=64, answered=answered)
+
+
 def checks() -> tuple[Check, ...]:
     return (
         Check("Sham", "0.0", True, "Largest change of a logit when a run gets its own states."),
@@ -119,7 +139,13 @@ def checks() -> tuple[Check, ...]:
 
 
 def study(
-    name: str, headline: str, effects, accuracies: dict[str, float], seed: int, tnie: float
+    name: str,
+    headline: str,
+    effects,
+    accuracies: dict[str, float],
+    seed: int,
+    tnie: float,
+    winner: str,
 ) -> Study:
     generator = np.random.default_rng(seed)
     question = "start green then then shape?"
@@ -137,8 +163,10 @@ def study(
             KeyNumber(
                 "Effect through the latents (TNIE)", Measure(tnie, 64, (tnie - 0.03, tnie + 0.02))
             ),
-            KeyNumber("Total effect (TE)", Measure(0.984, 64, (0.918, 0.997))),
+            KeyNumber("Total effect (TE)", Measure(0.984, 64, (0.918, 0.997)), unit="%"),
         ),
+        detail="36 of 38 decisive swaps say so.",
+        mechanism=swap(winner),
     )
 
 
@@ -147,7 +175,7 @@ def content() -> Study:
     accuracies = {
         "Sham": 0.984, "AddNoise(0.3)": 0.92, "Constant": 0.172, "Noise": 0.188, "Zero": 0.156
     }  # fmt: skip
-    return study("latent-content", headline, CAUSAL, accuracies, seed=3, tnie=0.953)
+    return study("latent-content", headline, CAUSAL, accuracies, 3, 0.953, "content")
 
 
 def ignored() -> Study:
@@ -155,7 +183,7 @@ def ignored() -> Study:
     accuracies = {
         "Sham": 0.984, "AddNoise(0.3)": 0.984, "Constant": 0.984, "Noise": 0.969, "Zero": 0.984
     }  # fmt: skip
-    return study("latent-ignored", headline, IGNORED, accuracies, seed=7, tnie=0.002)
+    return study("latent-ignored", headline, IGNORED, accuracies, 7, 0.002, "ignored")
 
 
 def planted_report(**changes) -> Report:
@@ -163,6 +191,7 @@ def planted_report(**changes) -> Report:
         "title": "Do the latent tokens do anything?",
         "subtitle": "Two small models with equal accuracy. Both write three latent tokens before "
         "they answer; only one of them reads them.",
+        "overview_note": "TE and TNIE of 64 pairs.",
         "studies": (content(), ignored()),
         "provenance": {
             "imaginelens": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0",

@@ -20,16 +20,20 @@ from imaginelens.view import (
     Example,
     KeyNumber,
     Measure,
+    Mechanism,
     Picture,
+    Prediction,
     Report,
     Token,
     render,
     write,
 )
 from imaginelens.view.colour import UNMEASURED, ColourScale
+from imaginelens.view.numerals import sample_size
 from imaginelens.view.strips import strip_pixels
 from imaginelens.view.tokens import chips
 
+NONE = "\N{EN DASH}"
 HOSTILE = (
     "</title></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>"
     "\" onmouseover=\"alert(1)\" ' onclick='x'\x00\x1b[31m\u202egnp.exe\u2066\u200f\ud800"
@@ -67,6 +71,10 @@ def hostile_report() -> Report:
         edits=tuple(replace(row, edit=HOSTILE) for row in study.edits),
         checks=tuple(Check(HOSTILE, HOSTILE, ok, HOSTILE) for ok in (True, False, None)),
         numbers=(KeyNumber(HOSTILE, Measure(0.5, 3), note=HOSTILE),),
+        detail=HOSTILE,
+        mechanism=Mechanism(
+            (Prediction(HOSTILE, HOSTILE, Measure(0.5, 3), HOSTILE),), HOSTILE, 3, 1, HOSTILE
+        ),
     )
     return Report(
         title=HOSTILE,
@@ -75,6 +83,7 @@ def hostile_report() -> Report:
         provenance={HOSTILE: HOSTILE},
         how_to_read=(HOSTILE,),
         interval_name=HOSTILE,
+        overview_note=HOSTILE,
     )
 
 
@@ -312,11 +321,80 @@ def test_any_number_of_studies(count):
     assert len(articles) == count
     names = {heading["id"] for heading in tree.all("h2") if "id" in heading.attributes}
     assert {article["aria-labelledby"] for article in articles} == names
-    # the seven sections line up across studies only if each has all of them
-    assert {len(article.children) for article in articles} <= {7}
+    # the eight sections line up across studies only if each has all of them
+    assert {len(article.children) for article in articles} <= {8}
+    assert len(tree.all("section", "overview")) == (count > 0)
+
+
+def test_the_style_gives_a_study_as_many_rows_as_it_has():
+    rows = re.findall(r"grid-row: span (\d+)", page().one("style").text)
+    assert str(len(page().one("article").children)) in rows
 
 
 def test_a_study_without_edits_or_checks_keeps_its_rows():
-    bare = replace(content(), edits=(), checks=(), numbers=())
-    article = read(render(planted_report(studies=(bare,)))).one("article")
-    assert len(article.children) == 7
+    bare = replace(content(), edits=(), checks=(), numbers=(), detail="", mechanism=None)
+    tree = read(render(planted_report(studies=(bare, ignored()))))
+    assert {len(article.children) for article in tree.all("article")} == {8}
+    line = tree.one("section", "overview").one("tbody").all("tr")[0]
+    assert [cell.text for cell in line.all("td")] == [NONE, NONE, NONE, bare.headline]
+
+
+def test_the_overview_has_a_line_per_study_and_a_column_per_number():
+    overview = page().one("section", "overview")
+    assert overview.one("p", "note").text == "TE and TNIE of 64 pairs."
+    heads = [head.text for head in overview.one("thead").all("th")]
+    labels = [number.label for number in content().numbers]
+    assert heads == ["Model", *labels, "Swap: whose prediction comes true", "Verdict"]
+    for line, study in zip(overview.one("tbody").all("tr"), (content(), ignored()), strict=True):
+        *numbers, swap, verdict = line.all("td")
+        assert [cell["data-label"] for cell in line.all("td")] == heads[1:]
+        assert (line.one("th").text, verdict.text) == (study.name, study.headline)
+        for cell, number in zip(numbers, study.numbers, strict=True):
+            low, high = number.measure.interval
+            assert float(cell["data-value"]) == number.measure.value
+            assert (float(cell["data-low"]), float(cell["data-high"])) == (low, high)
+        assert swap.one("b").text == study.mechanism.winner
+        assert swap.one("small").text == f"95% [83%, 98%], {sample_size(38)}"
+
+
+def test_numbers_of_other_names_get_columns_of_their_own():
+    mine = replace(ignored(), numbers=(KeyNumber("Mine", Measure(0.5, 3), "note", "points"),))
+    tree = read(render(planted_report(studies=(content(), mine)))).one("section", "overview")
+    first, second = tree.one("tbody").all("tr")
+    assert [cell.text for cell in first.all("td")][2] == NONE
+    assert [cell.text for cell in second.all("td")][:3] == [NONE, NONE, "50 points note"]
+
+
+def test_undetermined_is_written_with_what_came_closest():
+    vague = replace(content(), mechanism=replace(content().mechanism, winner=None))
+    tree = read(render(planted_report(studies=(vague, ignored()))))
+    cell = tree.one("section", "overview").one("tbody").one("tr").all("td")[2]
+    assert cell.one("b").text == "undetermined"
+    assert cell.one("small").text == f"content 95% [83%, 98%], {sample_size(38)}"
+    assert not tree.all("article")[0].all("tr", "winner")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_predictions_table_holds_the_shares(index):
+    mechanism = planted_report().studies[index].mechanism
+    section = page().all("section", "swap")[index]
+    rows = section.one("tbody").all("tr")
+    for row, prediction in zip(rows, mechanism.predictions, strict=True):
+        shown, share = row.all("td")
+        assert row.one("th").text == prediction.name + prediction.meaning
+        assert float(share["data-value"]) == prediction.share.value
+        assert (float(share["data-low"]), float(share["data-high"])) == prediction.share.interval
+        assert ("winner" in row.classes) == (prediction.name == mechanism.winner)
+        right = " ✓" if prediction.shown == mechanism.answered else ""
+        assert shown.text == f"{prediction.shown or NONE}{right}"
+    assert section.one("p", "after").text.endswith(f"answers {mechanism.answered}")
+    assert "Decisive: 38 of 64 pairs" in section.one("p", "note").text
+
+
+def test_decisive_pairs_without_an_answer_are_counted():
+    lossy = replace(content(), mechanism=replace(content().mechanism, missing=4, answered=None))
+    section = read(render(planted_report(studies=(lossy,)))).one("section", "swap")
+    assert "42 of 64 pairs" in section.one("p", "note").text
+    assert "4 of them gave no answer" in section.one("p", "note").text
+    assert section.one("p", "after").text.endswith("answers nothing")
+    assert "✓" not in section.text

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging
 
-from imaginelens.hooks import CheckpointError, LatentModel, LatentSpec, Pairs
-from imaginelens.hooks.answers import AnswerFinder, after
+from imaginelens.hooks import FAMILIES, CheckpointError, LatentModel, LatentSpec, Pairs, TextSpec
+from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.pairs import Example, Steps
 from imaginelens.organisms import hunt
 from imaginelens.organisms.checkpoint import available, card, folder
@@ -51,16 +51,11 @@ def example(game: hunt.Hunt) -> dict[str, Any]:
     return {"images": game.image(), "text": game.question, "hunt": game}
 
 
-def organisms() -> list[str]:
-    """List the names of the shipped organisms."""
-    return available()
-
-
 def load(
     name: str | Path,
     *,
     answer: AnswerFinder | None = None,
-    spec: LatentSpec | Literal[False] | None = None,
+    spec: LatentSpec | TextSpec | Literal[False] | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
@@ -95,8 +90,8 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    if answer is None and card(str(name))["variant"]["imagines"]:
-        answer = after("</think_image>")
+    if spec is None and card(str(name))["variant"]["imagines"]:
+        spec = FAMILIES["capimagine"]
     with _quiet():
         lens = Organism.from_pretrained(
             folder(str(name)),

@@ -12,7 +12,9 @@ from imaginelens.view.report import GridCell as GridCell
 from imaginelens.view.report import HeatMap as HeatMap
 from imaginelens.view.report import KeyNumber as KeyNumber
 from imaginelens.view.report import Measure as Measure
+from imaginelens.view.report import Mechanism as Mechanism
 from imaginelens.view.report import Picture as Picture
+from imaginelens.view.report import Prediction as Prediction
 from imaginelens.view.report import Report as Report
 from imaginelens.view.report import Row as Row
 from imaginelens.view.report import Study as Study

@@ -2,53 +2,52 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from scipy import stats
 
-from imaginelens.hooks import (
-    AddNoise,
-    Edit,
-    Mean,
-    Noise,
-    Pairs,
-    PatchResult,
-    Resample,
-    Run,
-    Sham,
-    Shuffle,
-    Zero,
-    accuracy,
-    image,
-    latent,
-    logit_diff,
-)
-from imaginelens.hooks.controls import check_integrity
-from imaginelens.hooks.metrics import same, targets_of
+from imaginelens.hooks import Pairs, Run, image
+from imaginelens.mediation.interchange import interchange
 from imaginelens.organisms import Organism, load
+from imaginelens.view import parts
 from imaginelens.view.page import write
 from imaginelens.view.report import (
-    Cell,
-    Check,
-    Column,
+    HOW_TO_READ,
     EditRow,
     Example,
     GridCell,
-    HeatMap,
+    KeyNumber,
     Measure,
     Picture,
     Report,
-    Row,
     Study,
     Token,
 )
+from imaginelens.view.verdict import verdict
 
-ORGANISMS = ("latent-content", "latent-ignored")
+ORGANISMS = ("latent-content", "latent-pointer", "latent-ignored", "latent-ignored-aligned")
+LATENT_STEPS, LAYERS = 2, 3  # of each of them
 TITLE = "Do the latent tokens do anything?"
+SUBTITLE = (
+    "Some models think in latent tokens: hidden states that they feed back to themselves instead "
+    "of writing words. These tiny models were trained so that what their latents do is known. Here "
+    "it is found out again, from outside."
+)
+TASK = (
+    "The task: nine cards. A card is named by its background colour, and the colour of its symbol "
+    "names the next card. “start gray then then shape ?” asks: begin at the gray card, go on to "
+    "the next card once for each “then”, and say which symbol is there."
+)
+OVERVIEW_NOTE = (
+    "do(Z): accuracy lost when the latents are destroyed, by the worst of six edits. Denoise: what "
+    "one moved state does to the answer's logits, the strongest of the map, as a share of what "
+    "changing the whole input does. Look right: runs in which each latent is most like the card "
+    "to visit at that step; it says what can be read from the latents, not that the model does. "
+    "Swap: share of the decisive pairs. Brackets: 95% interval."
+)
 Tick = Callable[[str], None]
 
 
@@ -66,231 +65,100 @@ def run_demo(out: Path, *, n: int = 64, seed: int = 0, tick: Tick = lambda what:
         studies.append(study(lens, n=n, seed=seed, tick=tick))
     report = Report(
         title=TITLE,
-        subtitle=(
-            "Two tiny models, trained so that the mechanism is known. Both feed hidden states back "
-            "as latent tokens before they answer; only one of them uses what those tokens hold."
-        ),
+        subtitle=SUBTITLE,
         studies=tuple(studies),
         provenance=_provenance(n, seed, time.perf_counter() - started),
+        how_to_read=(TASK, *HOW_TO_READ),
+        overview_note=OVERVIEW_NOTE,
     )
     return write(report, out / "report.html")
 
 
 def steps() -> int:
     """How many steps `run_demo` announces."""
-    return len(ORGANISMS) * (3 + 2 * 4 + len(_edits(None)))
+    cells = (1 + LAYERS) * LATENT_STEPS
+    return len(ORGANISMS) * (4 + cells + len(parts.latent_edits(None)))
 
 
-def study(lens: Organism, *, n: int, seed: int, tick: Tick) -> Study:
-    """Study one organism: its run, its denoising map, its do(Z) table and the checks."""
+def study(lens: Organism, *, n: int, seed: int, tick: Tick = lambda what: None) -> Study:
+    """Study one organism on `n` pairs: runs, swap, denoising map, do(Z) table and checks."""
     task = lens.task(n, seed)
     tick(f"{lens.name}: base and source runs")
-    base = lens.run(task.base, keep_logits=True)
-    source = lens.run(task.source, keep_logits=True)
+    base = lens.run(task.base, keep_logits=True, names_filter=parts.CARDS, positions=(image,))
+    source = lens.run(task.source, keep_logits=True, names_filter=parts.LAYERS)
     tick(f"{lens.name}: reference runs")
     reference = lens.run(lens.task(n, seed + 1).base)
-    heatmap, total = _denoise(lens, task, base, source, tick)
-    edits = _necessity(lens, task, base, reference, tick)
+    tick(f"{lens.name}: all latents swapped")
+    found = interchange(lens, task, hypotheses=task.hypotheses)
+    shown = parts.shown_pair(found)
+    denoised = _denoise(lens, task, base, source, shown, tick)
+    edits = _edit(lens, task, base, reference, tick)
     tick(f"{lens.name}: checks")
+    checks = parts.checks(lens, base, source, edits, found)
+    mechanism, likeness = parts.mechanism(found, shown=shown), parts.likeness(task, base)
+    worst = parts.worst(edits)
+    drop = edits[0].accuracy.value - worst.accuracy.value
+    by = worst.edit.lower() if drop > 0 else "under every edit"
+    said = verdict(mechanism, drop=drop, denoised=denoised.share.value, likeness=likeness)
     return Study(
         name=lens.name,
-        headline=_headline(heatmap, edits, total),
-        base=_example(lens, task, base, 0),
-        source=Example(task.source[0]["text"], str(source.answers[0]), _picture(lens, task, 0)),
+        headline=said.headline,
+        detail=said.detail,
+        base=_example(task.base[shown], base.answers[shown], _cells(base, shown)),
+        source=_example(task.source[shown], source.answers[shown]),
         tokens=tuple(
             Token(token.text.strip() or token.text, token.kind.name.lower())  # type: ignore[arg-type]
-            for token in base.tokens[0]
+            for token in base.tokens[shown]
         ),
-        latents=base.latents[0].numpy(),
-        heatmap=heatmap,
-        edits=tuple(edits),
-        checks=tuple(_checks(lens, base, source, edits)),
+        latents=base.latents[shown].numpy(),
+        heatmap=denoised.heatmap,
+        edits=edits,
+        checks=checks,
+        numbers=(
+            KeyNumber("do(Z): accuracy lost", Measure(drop, worst.accuracy.n), by, "points"),
+            KeyNumber("Denoise: share of the total effect", denoised.share, denoised.place, "%"),
+            KeyNumber("Latents look right", likeness, "most like the card to visit", "%"),
+        ),
+        mechanism=mechanism,
     )
-
-
-# ---- the map -----------------------------------------------------------------------------------
 
 
 def _denoise(
-    lens: Organism, task: Pairs, base: Run, source: Run, tick: Tick
-) -> tuple[HeatMap, float]:
-    """The base runs and receives the source's state, one site and latent step at a time."""
-    layers = range(len(lens.structure.blocks))
-    sites = ["hook_latent", *(f"blocks.{i}.hook_resid_post" for i in layers)]
-    donor = lens.rerun(source, names_filter=sites[1:])
-    n_steps = base.latents.shape[1]
-    cells = []
-    for site in sites:
+    lens: Organism, task: Pairs, base: Run, source: Run, shown: int, tick: Tick
+) -> parts.Denoising:
+    results = []
+    for site in parts.map_sites(lens):
         row = []
-        for step in range(n_steps):
+        for step in range(base.latents.shape[1]):
             tick(f"{lens.name}: {site} at step {step}")
-            result = lens.patch(
-                base=base,
-                source=donor,
-                site=site,
-                at=latent[step],
-                metric=logit_diff,
-                base_answers=task.base_answers,
-                source_answers=task.source_answers,
-            )
-            row.append(_cell(result))
-        cells.append(tuple(row))
-    total = _total_effect(lens, task, base, source)
-    heatmap = HeatMap(
-        rows=(Row(sites[0], sites[0]), *(Row(sites[i + 1], f"layer {i}", i) for i in layers)),
-        columns=tuple(Column(t, f"z{t}", "<|latent_pad|>") for t in range(n_steps)),
-        cells=tuple(cells),
-        unit="logits",
-        caption=(
-            f"Denoising: {len(task)} base runs receive one state of their source run and go on "
-            f"freely. Effect on logit(source answer) - logit(base answer); changing the whole "
-            f"input moves it by {total:.1f}."
-        ),
-    )
-    return heatmap, total
+            row.append(parts.patched(lens, task, base, source, site=site, step=step))
+        results.append(row)
+    return parts.denoising(lens, task, base, source, results, shown=shown)
 
 
-def _cell(result: PatchResult) -> Cell:
-    effects = result.effect.double().numpy()
-    known = effects[~np.isnan(effects)]
-    mean, half = float(known.mean()), 0.0
-    if len(known) > 1 and known.std() > 0:
-        half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
-    return Cell(
-        effect=mean,
-        n=len(known),
-        interval=(mean - half, mean + half),
-        before=result.answers_before[0],
-        after=result.answers_after[0],
-    )
-
-
-def _total_effect(lens: Organism, task: Pairs, base: Run, source: Run) -> float:
-    targets = targets_of(base, task.base_answers, task.source_answers, lens.encode)
-    at_base = logit_diff(lens.read_answer(base, targets))
-    at_source = logit_diff(lens.read_answer(source, targets))
-    return float((at_source - at_base).double().nanmean())
-
-
-# ---- the do(Z) table ---------------------------------------------------------------------------
-
-
-def _edits(reference: Run | None) -> list[tuple[str, Edit]]:
-    return [
-        ("Mean of other runs", Mean(reference)),
-        ("Noise of the same spread", Noise(reference)),
-        ("Noise added (1 sd)", AddNoise(1.0, reference)),
-        ("Zero", Zero()),
-        ("Steps shuffled", Shuffle()),
-        ("Another example's", Resample(reference)),
-        ("Sham (own states)", Sham()),
-    ]
-
-
-def _necessity(lens: Organism, task: Pairs, base: Run, reference: Run, tick: Tick) -> list[EditRow]:
-    unedited = _share(same(a, r) for a, r in _with_right(base.answers, task))
-    rows = [EditRow("unedited", unedited)]
-    for name, edit in _edits(reference):
+def _edit(
+    lens: Organism, task: Pairs, base: Run, reference: Run, tick: Tick
+) -> tuple[EditRow, ...]:
+    rows = [parts.unedited_row(task, base)]
+    for name, edit in parts.latent_edits(reference).items():
         tick(f"{lens.name}: {name.lower()}")
-        result = lens.ablate(base, edit, at=latent, metric=accuracy, answers=task.base_answers)
-        right = _share(same(a, r) for a, r in _with_right(result.answers_after, task))
-        flips = [
-            not same(b, a) for b, a in zip(result.answers_before, result.answers_after, strict=True)
-        ]
-        rows.append(
-            EditRow(
-                name,
-                right,
-                Measure(right.value - unedited.value, right.n),
-                float(np.mean(flips)),
-                result.landing.relative_change,
-                len(result.landing.cells),
-                sum(base.trigger.emitted),
-            )
-        )
-    return rows
+        rows.append(parts.edited_row(lens, task, base, rows[0], name=name, edit=edit))
+    return tuple(rows)
 
 
-def _with_right(answers: Sequence[str | None], task: Pairs) -> list[tuple[str, str]]:
-    """The answers that were found, with the right ones; the others are missing, not wrong."""
-    both = zip(answers, task.base_answers, strict=True)
-    return [(found, right) for found, right in both if found is not None]
-
-
-def _share(flags: Iterable[bool]) -> Measure:
-    """A share with Wilson's 95% interval."""
-    found = [bool(flag) for flag in flags]
-    interval = stats.binomtest(sum(found), len(found)).proportion_ci(method="wilson")
-    return Measure(float(np.mean(found)), len(found), (float(interval.low), float(interval.high)))
-
-
-# ---- checks and words --------------------------------------------------------------------------
-
-
-def _checks(lens: Organism, base: Run, source: Run, edits: list[EditRow]) -> list[Check]:
-    at = "blocks.*.hook_resid_post"
-    found = check_integrity(lens, base, source, site=at, at=latent)
-    landed = sum(row.fired or 0 for row in edits[1:])
-    expected = sum(row.expected or 0 for row in edits[1:])
-    return [
-        Check(
-            "Sham", f"{found.sham:.1g}" if found.sham else "0.0", found.sham == 0.0,
-            "Largest change of any logit when every layer gets its own latent states back.",
-        ),
-        Check(
-            "Full swap", f"{found.full_swap:.1g}", found.full_swap < 1e-4,
-            "Distance from the source's logits when the base gets all that enters its text model.",
-        ),
-        Check(
-            "Misplaced donor", f"{found.misplaced:.2g}", found.misplaced > 1e-2,
-            "The same with the rows in the wrong order: must be far away.",
-        ),
-        Check(
-            "Path gap", f"{found.path_gap:.1g}", found.path_gap < 1e-3,
-            "Between writing token by token and reading in one forward, in logits (float32).",
-        ),
-        Check(
-            "Landings", f"{landed} of {expected}", landed == expected,
-            "Latent states that the edits of the table were to change, and did reach.",
-        ),
-        Check(
-            "Trigger", f"{base.trigger.rate:.0%}", base.trigger.rate == 1.0, str(base.trigger),
-        ),
-    ]  # fmt: skip
-
-
-def _headline(heatmap: HeatMap, edits: list[EditRow], total: float) -> str:
-    strongest = max(abs(cell.effect or 0.0) for row in heatmap.cells for cell in row)
-    drop = max(0.0, *(-row.change.value for row in edits if row.change))
-    if strongest > 0.5 * abs(total) and drop > 0.5:
-        return (
-            f"The answer goes through the latents: one swapped state moves it by {strongest:.1f} "
-            f"of {total:.1f} logits, and without them accuracy falls by {100 * drop:.0f} points."
-        )
-    if drop < 0.05 and strongest < 0.1 * abs(total):
-        return (
-            f"The latents are there and do nothing: no swapped state moves the answer by more than "
-            f"{strongest:.2g} of {total:.1f} logits, and destroying them costs at most "
-            f"{100 * drop:.0f} points of accuracy."
-        )
-    return (
-        f"The latents matter somewhat: at most {strongest:.1f} of {total:.1f} logits by a swap, "
-        f"{100 * drop:.0f} points of accuracy when they are destroyed."
+def _example(
+    example: Mapping[str, Any], answer: str | None, cells: tuple[GridCell, ...] = ()
+) -> Example:
+    alt = "the base picture with its token grid" if cells else "the source picture"
+    return Example(
+        example["text"], answer or "(none found)", Picture(example["images"], cells, alt)
     )
 
 
-def _example(lens: Organism, task: Pairs, run: Run, i: int) -> Example:
-    cells = tuple(
-        GridCell(token.row, token.col, token.box)
-        for column in image.resolve(run.tokens, i)
-        if (token := run.tokens.token(i, int(column))).box is not None
-    )
-    picture = Picture(task.base[i]["images"], cells, alt="the base picture with its token grid")
-    return Example(task.base[i]["text"], str(run.answers[i]), picture)
-
-
-def _picture(lens: Organism, task: Pairs, i: int) -> Picture:
-    return Picture(task.source[i]["images"], (), alt="the source picture")
+def _cells(run: Run, row: int) -> tuple[GridCell, ...]:
+    """The grid of image tokens that lies on a row's picture."""
+    tokens = (run.tokens.token(row, int(column)) for column in image.resolve(run.tokens, row))
+    return tuple(GridCell(t.row, t.col, t.box) for t in tokens if t.box is not None)
 
 
 def _provenance(n: int, seed: int, seconds: float) -> dict[str, str]:

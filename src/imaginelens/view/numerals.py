@@ -3,6 +3,9 @@
 The page shows few digits and keeps the whole number in a `data-` attribute next to them.
 """
 
+from typing import Literal
+
+Unit = Literal["", "%", "points"]
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -39,11 +42,41 @@ def precise(value: float) -> str:
     return f"{value:.4g}".replace("-", MINUS)
 
 
-def between(interval: tuple[float, float]) -> str:
-    """An interval in brackets.
+def quantity(value: float, unit: Unit) -> str:
+    """A number in its unit: a share as "%" or "points" out of 100, "" as it is.
 
-    >>> between((0.1, 0.25))
-    '[0.10, 0.25]'
+    In those, only what is exactly 0 or 100 is written as `0` or `100`.
+
+    >>> quantity(0.976, "%"), quantity(0.998, "%"), quantity(1.0, "%"), quantity(-0.0004, "%")
+    ('98%', '99.8%', '100%', '0.0%')
+    >>> quantity(0.88, "points"), quantity(0.0, "points"), quantity(0.976, "")
+    ('88 points', '0 points', '0.98')
     """
-    low, high = interval
-    return f"[{fixed(low)}, {fixed(high)}]"
+    return _number(value, unit) + {"": "", "%": "%", "points": " points"}[unit]
+
+
+def between(interval: tuple[float, float], unit: Unit = "") -> str:
+    """An interval in brackets, its ends in a unit.
+
+    >>> between((0.1, 0.25)), between((0.898, 1.0), "%")
+    ('[0.10, 0.25]', '[90%, 100%]')
+    """
+    low, high = (_number(end, unit) + ("%" if unit == "%" else "") for end in interval)
+    return f"[{low}, {high}]"
+
+
+def sample_size(n: int) -> str:
+    """`n = 64` in one piece: no line ends inside it.
+
+    >>> sample_size(64).split()
+    ['n', '=', '64']
+    """
+    return f"n = {n}".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _number(value: float, unit: Unit) -> str:
+    if not unit:
+        return fixed(value)
+    hundredths = round(100 * value, 9)  # 99.99999999999999 comes from rounding, not from the data
+    whole = round(hundredths)
+    return fixed(hundredths, 1 if whole in (0, 100) and hundredths != whole else 0)

@@ -9,14 +9,16 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from imaginelens.view.fit import one_line
 from imaginelens.view.heatmap import heatmap_svg
 from imaginelens.view.legend import legend
 from imaginelens.view.markup import Markup, element, join
-from imaginelens.view.numerals import between, fixed
+from imaginelens.view.numerals import between, quantity, sample_size
+from imaginelens.view.overview import overview_table
 from imaginelens.view.picture import picture_svg
-from imaginelens.view.report import Example, KeyNumber, Report, Study
+from imaginelens.view.report import Example, KeyNumber, Mechanism, Report, Study
 from imaginelens.view.strips import latent_strips, strips_note
-from imaginelens.view.tables import checks_list, edits_table, numbers_table
+from imaginelens.view.tables import checks_list, edits_table, numbers_table, predictions_table
 from imaginelens.view.tokens import token_strip
 
 # Even if a tag slipped through, the browser would neither run nor load anything.
@@ -66,7 +68,18 @@ def _header(report: Report) -> Markup:
         element("p", "ImagineLens", class_="brand"),
         element("h1", report.title),
         element("p", report.subtitle, class_="subtitle") if report.subtitle else None,
+        _overview(report),
         reading if steps else None,
+    )
+
+
+def _overview(report: Report) -> Markup | None:
+    """All studies in short, before anything else: a reader may stop here."""
+    if not report.studies:
+        return None
+    note = element("p", report.overview_note, class_="note") if report.overview_note else None
+    return element(
+        "section", element("h2", "In short"), overview_table(report), note, class_="overview"
     )
 
 
@@ -78,12 +91,13 @@ def _studies(report: Report) -> Markup:
 
 
 def _study(study: Study, report: Report, id_: str) -> Markup:
-    """Seven sections, always the same: they line up across studies."""
+    """Eight sections, always the same: they line up across studies."""
     return element(
         "article",
         _study_header(study, report, id_),
         _inputs(study),
         _section("The base run, token by token", token_strip(study.tokens), _kinds(), class_="run"),
+        _mechanism(study, report),
         _effects(study, report),
         _latents(study, report),
         _edits(study, report),
@@ -99,6 +113,7 @@ def _study_header(study: Study, report: Report, id_: str) -> Markup:
         "div",
         element("h2", element("bdi", study.name), id=id_),
         element("p", study.headline, class_="headline"),
+        element("p", study.detail, class_="detail") if study.detail else None,
         element("dl", *numbers, class_="key-numbers") if numbers else None,
         class_="opening",
     )
@@ -107,17 +122,18 @@ def _study_header(study: Study, report: Report, id_: str) -> Markup:
 def _key_number(number: KeyNumber, interval_name: str) -> Markup:
     measure = number.measure
     low, high = measure.interval or (None, None)
-    interval = f"{interval_name} {between(measure.interval)}, " if measure.interval else ""
+    ends = between(measure.interval, number.unit) if measure.interval else ""
+    interval = f"{interval_name} {ends}, " if ends else ""
     note = f"{number.note} · " if number.note else ""
     value = element(
         "dd",
-        fixed(measure.value),
+        quantity(measure.value, number.unit),
         data_value=measure.value,
         data_n=measure.n,
         data_low=low,
         data_high=high,
     )
-    details = element("dd", f"{note}{interval}n = {measure.n}", class_="details")
+    details = element("dd", f"{note}{interval}{sample_size(measure.n)}", class_="details")
     return element("div", element("dt", number.label), value, details)
 
 
@@ -149,6 +165,34 @@ def _example(role: str, example: Example) -> Markup:
 def _kinds() -> Markup:
     marks = [element("span", element("i", class_=f"chip {k}"), k, class_="swatch") for k in _KINDS]
     return element("p", *marks, class_="kinds", aria_hidden="true")
+
+
+def _mechanism(study: Study, report: Report) -> Markup:
+    if study.mechanism is None:
+        return element("section", class_="swap")
+    answered = study.mechanism.answered
+    shown = element("bdi", "nothing" if answered is None else one_line(answered))
+    return _section(
+        "Swap all latents: whose prediction comes true?",
+        predictions_table(study.mechanism),
+        element(
+            "p", "After the swap, the pair shown answers ", element("b", shown), class_="after"
+        ),
+        class_="swap",
+        note=_swap_note(study.mechanism, report.interval_name),
+    )
+
+
+def _swap_note(mechanism: Mechanism, interval_name: str) -> str:
+    decisive = mechanism.leader.share.n + mechanism.missing
+    left_out = f" {mechanism.missing} of them gave no answer and are left out."
+    return (
+        "The base run receives all latents of its source run and goes on. Decisive: "
+        f"{decisive} of {mechanism.n_pairs} pairs, those in which no two explanations predict the "
+        f"same answer.{left_out * bool(mechanism.missing)} Came true: share of these, "
+        f"{interval_name} in brackets; a winner has all of it above the dashed "
+        f"{quantity(mechanism.bar, '%')}."
+    )
 
 
 def _effects(study: Study, report: Report) -> Markup:

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from imaginelens.view.numerals import Unit
+
 Interval = tuple[float, float]
 TokenKind = Literal["system", "text", "image", "latent", "answer", "pad"]
 
@@ -23,6 +25,8 @@ HOW_TO_READ = (
     "Each cell is one such place. Blue: the answer moves towards the source's, so the state "
     "carries it. Red: away from it. White: nothing moves; a bare 0 is exactly zero. Grey: not "
     "measured. All maps share one scale.",
+    "The swap moves all latent tokens at once. Where the explanations of what latents do predict "
+    "different answers, it asks whose prediction comes true.",
     "The edits table asks the opposite: if the latent tokens are destroyed, is the answer still "
     "right? The checks below it say whether the edits took place at all.",
 )
@@ -81,11 +85,64 @@ class Measure:
 
 @dataclass(frozen=True)
 class KeyNumber:
-    """A named result at the top of a study, e.g. the indirect effect through the latents."""
+    """A named result at the top of a study, e.g. the indirect effect through the latents.
+
+    `unit`: "%" and "points" are written out of 100, the measure itself is out of 1. Numbers of the
+    same label stand in one column of the overview.
+    """
 
     label: str
     measure: Measure
     note: str = ""
+    unit: Unit = ""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one explanation of the latents predicts, and how often that came true.
+
+    `shown` is its prediction for the pair shown; None if it makes none ("other").
+    """
+
+    name: str
+    meaning: str
+    share: Measure
+    shown: str | None = None
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Whose prediction came true when the source's latents went into the base.
+
+    Attributes:
+        predictions: one per explanation, over the decisive pairs: those in which no two agree.
+        winner: the one that explains them; None is undetermined.
+        n_pairs: how many pairs were swapped, decisive or not.
+        missing: decisive pairs without an answer; they are in no share.
+        answered: what the pair shown answered after the swap.
+        bar: the share that the winner's whole interval has to reach.
+    """
+
+    predictions: tuple[Prediction, ...]
+    winner: str | None
+    n_pairs: int
+    missing: int = 0
+    answered: str | None = None
+    bar: float = 0.8
+
+    def __post_init__(self) -> None:
+        names = [prediction.name for prediction in self.predictions]
+        if not names or (self.winner is not None and self.winner not in names):
+            raise ValueError(
+                f"a mechanism needs predictions, its winner among them: the winner "
+                f"{self.winner!r} came with predictions {names}."
+            )
+
+    @property
+    def leader(self) -> Prediction:
+        """The winner, or where nothing is determined the prediction that came true most often."""
+        named = [p for p in self.predictions if p.name == self.winner]
+        return named[0] if named else max(self.predictions, key=lambda p: p.share.value)
 
 
 @dataclass(frozen=True)
@@ -193,7 +250,10 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One model, from its input to what its latents cause."""
+    """One model, from its input to what its latents cause.
+
+    `headline` is the verdict in one sentence, `detail` what it rests on, both in plain words.
+    """
 
     name: str
     headline: str
@@ -205,6 +265,8 @@ class Study:
     edits: tuple[EditRow, ...] = ()
     checks: tuple[Check, ...] = ()
     numbers: tuple[KeyNumber, ...] = ()
+    detail: str = ""
+    mechanism: Mechanism | None = None
 
     def __post_init__(self) -> None:
         if self.latents.ndim != 2:
@@ -218,7 +280,8 @@ class Report:
     """Studies side by side, on one colour scale.
 
     `colour_limit=None` takes the largest |effect| of all studies. Give one (1.0 for recovery) when
-    every effect may be small, so that noise is not painted in full colour.
+    every effect may be small, so that noise is not painted in full colour. `overview_note` says how
+    to read the table of all studies.
     """
 
     title: str
@@ -228,6 +291,7 @@ class Report:
     how_to_read: tuple[str, ...] = HOW_TO_READ
     colour_limit: float | None = None
     interval_name: str = "95% interval"
+    overview_note: str = ""
 
     def __post_init__(self) -> None:
         units = {study.heatmap.unit for study in self.studies}

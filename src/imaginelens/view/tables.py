@@ -1,13 +1,14 @@
-"""The tables of a study: edits of the latents, integrity checks, and the heat-map in numbers."""
+"""The tables of a study: predictions, edits, integrity checks, and the heat-map in numbers."""
 
 from collections.abc import Sequence
 
 from imaginelens.view.fit import one_line
 from imaginelens.view.markup import Markup, element, join
-from imaginelens.view.numerals import between, fixed, signed
-from imaginelens.view.report import Cell, Check, EditRow, HeatMap, Measure
+from imaginelens.view.numerals import Unit, between, fixed, quantity, signed
+from imaginelens.view.report import Cell, Check, EditRow, HeatMap, Measure, Mechanism, Prediction
 
 _EDIT_COLUMNS = ("Edit", "Accuracy", "Change", "Flipped", "‖Δz‖ / ‖z‖", "Landed")
+_PREDICTION_COLUMNS = ("The latents hold", "Predicts for the pair shown", "Came true")
 _MARKS = {True: ("✓", "passed"), False: ("✕", "failed"), None: ("•", "information")}
 
 
@@ -17,7 +18,15 @@ def edits_table(edits: Sequence[EditRow]) -> Markup:
     reference = next((row.accuracy.value for row in edits if row.change is None), None)
     rows = [_edit(row, reference) for row in edits]
     label = "accuracy after each edit of the latents"
-    return _scrollable(element("thead", head), element("tbody", *rows), label=label)
+    return scrollable(element("thead", head), element("tbody", *rows), label=label)
+
+
+def predictions_table(mechanism: Mechanism) -> Markup:
+    """What each explanation predicts for the pair shown, and how often it came true."""
+    head = element("tr", *(element("th", name, scope="col") for name in _PREDICTION_COLUMNS))
+    rows = [_prediction(prediction, mechanism) for prediction in mechanism.predictions]
+    label = "how often the prediction of each explanation came true after the swap"
+    return scrollable(element("thead", head), element("tbody", *rows), label=label)
 
 
 def checks_list(checks: Sequence[Check]) -> Markup:
@@ -34,10 +43,10 @@ def numbers_table(heatmap: HeatMap) -> Markup:
         for row, cells in zip(heatmap.rows, heatmap.cells, strict=True)
     ]
     label = f"effects ({heatmap.unit}) by {heatmap.row_axis} and {heatmap.column_axis}"
-    return _scrollable(element("thead", head), element("tbody", *rows), label=label)
+    return scrollable(element("thead", head), element("tbody", *rows), label=label)
 
 
-def _scrollable(*parts: Markup, label: str) -> Markup:
+def scrollable(*parts: Markup, label: str) -> Markup:
     """A table that scrolls sideways by itself on a narrow screen, also with the keyboard."""
     table = element("table", *parts, aria_label=label)
     return element("div", table, class_="scroll", tabindex=0, role="region", aria_label=label)
@@ -55,9 +64,38 @@ def _edit(row: EditRow, reference: float | None) -> Markup:
     )
 
 
-def _measure(measure: Measure, text: str, plot: Markup | None = None) -> Markup:
+def _prediction(prediction: Prediction, mechanism: Mechanism) -> Markup:
+    """The winner's line stands out; `other` makes no prediction."""
+    share = prediction.share
+    plot = _dot_plot(share, mechanism.bar)
+    return element(
+        "tr",
+        element(
+            "th",
+            element("bdi", prediction.name),
+            element("small", element("bdi", prediction.meaning)),
+            scope="row",
+        ),
+        _shown(prediction, mechanism),
+        _measure(share, quantity(share.value, "%"), plot, unit="%"),
+        class_="winner" if prediction.name == mechanism.winner else None,
+    )
+
+
+def _shown(prediction: Prediction, mechanism: Mechanism) -> Markup:
+    if prediction.shown is None:
+        return _missing()
+    words = element("bdi", one_line(prediction.shown))
+    answered = mechanism.answered or ""
+    if prediction.shown.strip().casefold() != answered.strip().casefold():
+        return element("td", words)
+    tick = element("span", " ✓", class_="mark pass", role="img", aria_label="came true")
+    return element("td", words, tick)
+
+
+def _measure(measure: Measure, text: str, plot: Markup | None = None, *, unit: Unit = "") -> Markup:
     low, high = measure.interval or (None, None)
-    interval = element("small", between(measure.interval)) if measure.interval else None
+    interval = element("small", between(measure.interval, unit)) if measure.interval else None
     return element(
         "td",
         element("b", text),
