@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -216,7 +216,7 @@ def _by_step(study: Study, batches: Sequence[Batch], how: Steps) -> dict[frozens
 # ---- refusals ----------------------------------------------------------------------------------
 
 
-def _check_reference(study: Study, reference: Edit | Literal[False]) -> None:
+def _check_reference(study: Study, reference: Any) -> None:
     if reference is False or study.in_words:
         return
     check_arguments(edit=reference)

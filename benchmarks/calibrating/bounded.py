@@ -71,17 +71,14 @@ def mean_rows(data: str, codes: np.ndarray, icc: float, shares: tuple[float, ...
 
 def decided(x: np.ndarray, groups: np.ndarray | None, truth: float) -> tuple[bool, bool]:
     """Whether the interval holds the truth, and whether the test or TOST rejects."""
+    if abs(x.mean() - truth) < 1e-12:  # but for rounding the mean itself: never rejected
+        return True, False
     found = bounded_mean(x, -2.0, 2.0, groups)
-    above, below = beside(x, truth), beside(x, -truth)
-    p = 2 * min(found.greater(above), found.less(above))
-    if truth:
-        return p >= 0.05, max(found.greater(below), found.less(above)) < 0.05
-    return p >= 0.05, p < 0.05
-
-
-def beside(x: np.ndarray, at: float) -> float:
-    """A hair beside `at` where the mean of x is `at` but for rounding: far from any decision."""
-    return at + 1e-9 if at and abs(x.mean() - at) < 1e-12 else at
+    p = 2 * min(found.greater(truth), found.less(truth))
+    if not truth:
+        return p >= 0.05, p < 0.05
+    opposite = abs(x.mean() + truth) < 1e-12  # so that the mean is -margin
+    return p >= 0.05, not opposite and max(found.greater(-truth), found.less(truth)) < 0.05
 
 
 def check(x: np.ndarray, groups: np.ndarray | None, truth: float, here: tuple[bool, bool]) -> None:
@@ -103,11 +100,10 @@ def ratio_rows(data: str, n: int, shares: tuple[float, ...]) -> list[Row]:
         key = given.tobytes()
         if key not in known or run < 10:
             top, bottom = np.repeat(pairs, given, axis=0).T.astype(float)
+            itself = abs(top.sum() - truth * bottom.sum()) < 1e-9  # but for rounding
             found = bounded_ratio(top, bottom, POSSIBLE)
-            exact = abs(top.sum() - truth * bottom.sum()) < 1e-9
-            at = truth + 1e-9 if exact else truth  # as in `beside`
-            known[key] = min(found.greater(at), found.less(at)) >= 0.025
-            if run < 10 and not exact:
+            known[key] = itself or min(found.greater(truth), found.less(truth)) >= 0.025
+            if run < 10 and not itself:
                 estimate = ie.Estimate.ratio(top, bottom, possible=POSSIBLE)
                 assert (truth in estimate.ci()) == known[key], f"{estimate}, ratio {truth}"
         hits += known[key]

@@ -313,7 +313,8 @@ def lens_of(kind: str, seed: int = 0, **options: Any) -> il.LatentModel:
 
 
 def example(i: int = 0) -> dict[str, Any]:
-    sizes, texts = ((48, 32), (24, 40), (40, 40)), ("what?", "which colour is it?", "how many")
+    sizes = ((48, 32), (24, 40), (40, 40), (16, 16))
+    texts = ("what?", "which colour is it?", "how many", "where")
     return {"images": tiny.image(*sizes[i], seed=i), "text": tiny.prompt("qwen2_5_vl", texts[i])}
 
 
@@ -873,11 +874,33 @@ def test_a_longer_text_leaves_room_for_the_answer() -> None:
     run = own(lens, TWO, max_new_tokens=limit)
     result = lens.ablate(run, il.Rewrite("a long long long text"), at=il.imagination)
     assert result.answers_after == ("A",)
-    by_option = lens.run(
-        example(), generation={**run.options[2], "max_new_tokens": limit}, max_new_tokens=None
+
+
+def test_a_limit_among_the_options_of_generate_holds_for_edits_too() -> None:
+    lens = lens_of("merged", answer=lambda text: "so")
+    run = own(lens, telling(" red", end=" and so on" * 9), max_new_tokens=20)
+    run = lens.run(example(), generation={**run.options[2], "max_new_tokens": 20})
+    assert len(wrote(run)) == 20
+    result = lens.ablate(run, il.Rewrite("cube"), at=il.imagination)
+    assert len(wrote(result.run)) == 20
+
+
+def test_a_model_that_would_imagine_again_may_not_for_one_step() -> None:
+    lens = lens_of("merged", answer=finds)
+    run = own(lens, TWO)
+    result = lens.ablate(run, il.Delete(), at=il.imagination[0])
+    inputs = alone(lens, 0)
+    width = inputs["input_ids"].shape[1]
+    ids, opened = wrote(run), find_spans(run.tokens, 0)[0].opened - width
+    assert wrote(result.run)[:opened] == ids[:opened]
+    assert wrote(result.run)[opened] != ids[opened]
+    whole = longer(inputs, ids[:opened])
+    out = lens.model.generate(
+        **whole,
+        max_new_tokens=48 - opened,
+        logits_processor=[Wants(lens.tokenizer, width, [TWO]), Ban(width + opened, ids[opened])],
     )
-    result = lens.ablate(by_option, il.Rewrite("cube"), at=il.imagination)
-    assert len(wrote(result.run)) <= limit
+    assert wrote(result.run) == out[0, width:].tolist()
 
 
 def test_sampling_goes_on_from_the_same_stream() -> None:
@@ -1015,6 +1038,15 @@ def test_resample_takes_another_examples_text_and_the_same_one_for_all_spans() -
     one = lens.ablate(own(lens, telling(*words[0])), edit, at=il.imagination, context="fixed")
     assert spelled(lens, one.run) == spelled(lens, result.run, 0)  # by its example, not its row
     assert len(drawn) > 3
+    few = own(lens, TWO, telling(" e"), telling(" a", " a a"), telling(" it", " it it"))
+    pairs = set()
+    for seed in range(6):
+        edit = il.Resample(few, seed=seed)
+        run = lens.ablate(own(lens, TWO), edit, at=il.imagination, context="fixed").run
+        pairs.add(tuple(c for c, _ in SPAN.findall(spelled(lens, run))))
+    both = {(" a", " a a"), (" it", " it it")}
+    assert pairs & both
+    assert pairs <= both | {(" e", " a a"), (" e", " it it")}
     draws = lens.ablate(
         reference, il.Resample(reference, draws=3), at=il.imagination, context="fixed"
     )
@@ -1209,6 +1241,21 @@ def test_the_same_text_is_no_edit() -> None:
                 lens.ablate(run, edit, at=il.imagination, context=context, metric=il.accuracy)
     mixed = lens.ablate(run, il.Rewrite(["red cube", "e", "e"]), at=il.imagination, context="fixed")
     assert mixed.landing.flags == {0: "identical_donor"}
+
+
+def test_the_same_text_in_other_tokens_is_no_edit_either() -> None:
+    """A model may spell a word in another way than its tokenizer would."""
+    lens = lens_of("merged", answer=finds)
+    run = said(lens, [f"{OPEN} red{CLOSE}A"])
+    (red,) = lens.encode(" red")
+    letters = lens.tokenizer.convert_tokens_to_ids(["Ġ", "r", "e", "d"])
+    at = wrote(run).index(red)
+    ids = [*wrote(run)[:at], *letters, *wrote(run)[at + 1 :]]
+    width = run.tokens.prompt_width
+    run = lens.run([example()], generation={"logits_processor": [Say(width, [ids])]})
+    assert wrote(run) == ids
+    with pytest.raises(il.EditTouchedNothing, match="bit for bit"):
+        lens.ablate(run, il.Rewrite("red"), at=il.imagination, context="fixed")
 
 
 def test_a_span_that_was_not_written_is_an_error_with_the_counts() -> None:

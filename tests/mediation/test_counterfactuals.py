@@ -21,6 +21,7 @@ EFFECTS = ("te", "pnde", "tnde", "pnie", "tnie", "cde", "int_ref", "int_med")
 NATURAL = ("y00", "y11", "y10", "y01")
 WORLDS = (*NATURAL, "c0", "c1")
 ORGANISMS = ("latent-content", "latent-pointer", "latent-ignored", "latent-ignored-aligned")
+EVERY_SUBSET = ("linear", "bilinear", "and_gate", "chain", "random")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_context = pytest.mark.parametrize("context", CONTEXTS)
 
@@ -34,8 +35,8 @@ def made(kind: str) -> Planted:
 def worlds_of(kind: str, context: str, text: str) -> il.PotentialOutcomes:
     p = made(kind)
     return il.counterfactuals(
-        p.lens, p.pairs, context=context, text=text, reference=il.Zero(), steps="shapley",
-        controls=False,
+        p.lens, p.pairs, context=context, text=text, reference=il.Zero(), controls=False,
+        steps="shapley" if kind in EVERY_SUBSET else "telescoping",
     )  # fmt: skip
 
 
@@ -81,6 +82,8 @@ def test_the_published_bilinear_numbers_come_out_of_a_run() -> None:
 def test_steps_add_up_and_are_the_planted_ones(kind: str, context: str) -> None:
     truth, effects = made(kind).truth, worlds_of(kind, context, "base").effects()
     for method, name in (("telescoping", "ordered"), ("shapley", "shapley")):
+        if method == "shapley" and kind not in EVERY_SUBSET:
+            continue
         parts = effects.by_step(method=method)
         found = np.stack([part.values for part in parts.values()], axis=1)
         assert_equal(found, truth[f"{name}_{context}_denoise"])
@@ -143,7 +146,7 @@ def test_every_metric_has_its_closed_form(context: str) -> None:
         assert worlds.effects().tnie.procedure == procedure
 
 
-@pytest.mark.parametrize(("site", "at"), [*planted.WORLDS][::2], ids=str)
+@pytest.mark.parametrize(("site", "at"), [*planted.WORLDS][::4], ids=str)
 def test_any_site_and_positions_can_be_the_mediator(site: str, at: Any) -> None:
     p = made("chain")
     opposite = {"y00": "y11", "y11": "y00", "y10": "y01", "y01": "y10"}
@@ -168,8 +171,7 @@ def held_at(p: Planted, own: Any) -> tuple[np.ndarray, np.ndarray]:
     return p.y(p.x0, mean), p.y(p.x1, mean)
 
 
-@every_context
-@pytest.mark.parametrize("kind", ["bilinear", "chain"])
+@pytest.mark.parametrize(("kind", "context"), [("chain", "free"), ("bilinear", "fixed")])
 def test_the_reference_is_the_mean_over_all_other_groups(kind: str, context: str) -> None:
     p = made(kind)
     worlds = run(p, context=context)
@@ -431,11 +433,11 @@ def test_controls_tell_the_mediator_from_what_is_not_it() -> None:
 
 def test_a_random_donor_does_not_give_the_pairs_own_answer() -> None:
     lens = il.load("latent-content")
-    task = lens.task(n=64, seed=0)
+    task = lens.task(n=32, seed=0)
     worlds = il.counterfactuals(lens, task, metric=il.source_answer, context="fixed")
     donor = worlds.controls.effects["random donor"]
     assert donor.procedure == "Tango score"
-    assert worlds.effects().pnie.ci().low > 0.8
+    assert worlds.effects().pnie.ci().low > 0.7
     assert donor.ci().high < 0.5  # the donor's answer is the source's by chance alone
 
 
@@ -494,7 +496,7 @@ def study(name: str, seed: int, n: int = 128) -> tuple[il.Pairs, il.PotentialOut
     lens = il.load(name)
     task = lens.task(n=n, seed=seed)
     worlds = il.counterfactuals(
-        lens, task, metric=il.source_answer, controls=False, reference=False, batch_size=64
+        lens, task, metric=il.source_answer, controls=False, reference=False, batch_size=128
     )
     return task, worlds
 
@@ -511,7 +513,7 @@ def wrong(name: str, task: il.Pairs, worlds: il.PotentialOutcomes) -> list[str]:
         checks["tnie"] = all_pairs.tnie.verdict(0.05) == "effect" and clear.tnie.value > 0.9
         checks["pnie"] = all_pairs.pnie.verdict(0.05) == "effect" and clear.pnie.value > 0.9
     if name == "latent-pointer":
-        checks["pnie"] = clear.pnie.verdict(0.05) != "effect" and clear.pnie.value < 0.05
+        checks["pnie"] = clear.pnie.verdict(0.05) in absent
         checks["int_med"] = clear.int_med.verdict(0.05) == "effect"
     return [verdict for verdict, right in checks.items() if not right]
 
@@ -529,7 +531,8 @@ def test_verdicts_on_organisms_are_those_of_their_mechanism(name: str) -> None:
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_verdicts_on_organisms_over_twenty_samples(name: str) -> None:
     torch.set_num_threads(1)
-    found = [wrong(name, *study(name, seed)) for seed in range(20)]
+    n = 256 if name == "latent-pointer" else 128  # of which some 100 are decisive
+    found = [wrong(name, *study(name, seed, n)) for seed in range(20)]
     assert sum(map(bool, found)) <= 1, found  # 5% of 20
 
 
@@ -556,7 +559,7 @@ def test_a_module_of_an_organism_can_be_the_mediator(context: str) -> None:
 )
 def test_written_imagination_can_be_the_mediator(context: str, text: str) -> None:
     lens = il.load("text")
-    task = lens.task(n=12, seed=0)
+    task = lens.task(n=6, seed=0)
     options: dict[str, Any] = {"metric": il.source_answer, "at": il.imagination}
     worlds = il.counterfactuals(lens, task, context=context, text=text, **options)
     assert worlds.estimand.startswith("mediator text at imagination; ")
@@ -580,7 +583,7 @@ def test_written_imagination_can_be_the_mediator(context: str, text: str) -> Non
 
 def test_a_text_can_be_the_reference_of_written_imagination() -> None:
     lens = il.load("text")
-    task = lens.task(n=8, seed=0)
+    task = lens.task(n=4, seed=0)
     worlds = il.counterfactuals(
         lens, task, metric=il.source_answer, at=il.imagination, reference=il.Delete(),
         controls=False,
@@ -603,6 +606,11 @@ def test_a_text_can_be_the_reference_of_written_imagination() -> None:
         ({"steps": "shapley", "at": il.image}, "steps are counted for il.latent, not for image"),
         ({"text": "source"}, "in free context each writes its own; add context='fixed'"),
         ({"batch_size": 0}, "batch_size is 0; run at least 1 pair"),
+        ({"context": "warm"}, "context is 'warm'; choose 'free' or 'fixed'"),
+        ({"align": "loose"}, "align is 'loose'; choose 'strict' or 'truncate' or 'pad'"),
+        ({"text": "mine", "context": "fixed"}, "text is 'mine'; choose 'base' or 'source'"),
+        ({"steps": "all"}, "steps is 'all'; choose 'telescoping', 'shapley' or None"),
+        ({"reference": "zero"}, "edit is 'zero', expected something like il.Zero"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_anything_runs(
@@ -619,6 +627,9 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
 
 def test_pairs_that_cannot_be_compared_are_refused() -> None:
     p = made("chain")
+    unchecked = getattr(il.counterfactuals, "__wrapped__", il.counterfactuals)
+    with pytest.raises(il.InputError, match=r"pairs is a list, expected il\.Pairs; make them with"):
+        unchecked(p.lens, [p.pairs.base, p.pairs.source])
     one_group = replace(p.pairs, groups=["a"] * 4)
     with pytest.raises(
         il.InputError, match=r"the 4 pairs are of one group; use reference=il\.Zero"

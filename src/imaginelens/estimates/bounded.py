@@ -50,7 +50,7 @@ def bounded_z(seen: np.ndarray, counts: np.ndarray, low: float, high: float) -> 
     if _tilted_mean(most, seen, counts) < 0:
         tilt = float(optimize.brentq(_tilted_mean, 0.0, most, args=(seen, counts)))
         variance = float((counts / (n + tilt * seen)) @ seen**2)
-    return mean * math.sqrt(n / variance)
+    return mean * math.sqrt(n) / math.sqrt(variance)
 
 
 def _tilted_mean(tilt: float, seen: np.ndarray, counts: np.ndarray) -> float:
