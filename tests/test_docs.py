@@ -59,14 +59,14 @@ def test_docstring_examples(name: str) -> None:
 
 
 def test_a_wrong_docstring_example_is_found() -> None:
-    module = ModuleType("planted")
+    module = ModuleType("a_planted_page")
     source = "def double(x):\n    '''Twice x.\n\n    >>> double(1)\n    3\n    '''\n"
     exec(source, module.__dict__)
     assert (run_docstrings(module), written_examples(source)) == ((1, 1), 1)
 
 
 def test_a_docstring_that_doctest_skips_is_found() -> None:
-    module = ModuleType("planted")
+    module = ModuleType("a_planted_page")
     source = "def one():\n    '>>> 1'\n"
     exec(source, module.__dict__)
     module.one.__module__ = "os"  # as a wrapper of another module would
@@ -171,7 +171,7 @@ def test_every_public_name_has_a_docstring() -> None:
 
 
 def test_a_missing_docstring_is_found() -> None:
-    module = ModuleType("planted")
+    module = ModuleType("a_planted_page")
     exec(
         "from dataclasses import dataclass\n"
         "def silent(): ...\n"
