@@ -1,6 +1,6 @@
 """What the library costs: ratios to the same work in plain transformers and nnsight, on a CPU.
 
-    python benchmarks/overhead.py [--out benchmarks/results/overhead.json] [--rounds 40]
+    python benchmarks/overhead.py [--out benchmarks/results/overhead.json] [--rounds 120]
 
 Each group of variants takes turns within one process, on one thread. A ratio is the median over the
 rounds of CPU time against the group's first variant in the same round, so that a machine which is
@@ -322,10 +322,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = ROOT / "benchmarks" / "results" / "overhead.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--rounds", type=int, default=40, help="of forwards; a third for the rest")
+    parser.add_argument("--rounds", type=int, default=120, help="of forwards; a sixth for the rest")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    many, few = args.rounds, max(5, args.rounds // 3)
+    many, few = args.rounds, max(5, args.rounds // 6)
     wide, thin = subjects()
     with torch.no_grad():
         groups = [

@@ -287,3 +287,11 @@ def test_relative_margins_know_the_total() -> None:
     effect = Estimate.bounded(np.zeros(n), low=-2, high=2, total=total)
     assert effect.equivalence(relative(0.1)).equivalent
     assert not effect.equivalence(relative(0.01)).equivalent
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.3, 0.7])
+def test_a_mean_that_is_the_margin_up_to_rounding_is_no_crash(margin: float) -> None:
+    x = np.array([2.0, -1.0, 0.0, 1.0, 0.5, -2.0] * 7)
+    x += margin - x.mean()
+    found = Estimate.bounded(x, low=-4, high=4).equivalence(margin)
+    assert found.pvalue == pytest.approx(0.5, abs=1e-6)

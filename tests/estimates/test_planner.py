@@ -160,6 +160,36 @@ def test_the_sample_is_the_smallest_that_is_enough(plan: dict) -> None:
     assert sample_size(**plan, method="normal") == pytest.approx(n, rel=0.12)
 
 
+def drawn(rng: np.random.Generator, plan: dict, n: int) -> Estimate:
+    """An experiment as planned."""
+    difference = plan.get("difference", 0.0)
+    if "sd" in plan:
+        return Estimate.mean(rng.normal(difference, plan["sd"], n))
+    up, down = (plan["discordance"] + difference) / 2, (plan["discordance"] - difference) / 2
+    gained, lost, _ = rng.multinomial(n, [up, down, 1 - up - down])
+    return changes(int(gained), int(lost), n)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"margin": 0.4, "sd": 1.0},
+        {"difference": 0.4, "sd": 1.0},
+        {"margin": 0.05, "discordance": 0.05},
+        {"difference": 0.05, "discordance": 0.1},
+    ],
+)
+def test_the_planned_sample_has_the_planned_power_in_simulated_experiments(plan: dict) -> None:
+    n, rng = sample_size(**plan, power=0.8), np.random.default_rng(0)
+    shown = []
+    for _ in range(4000):  # the rate's own error: 0.6 points
+        found = drawn(rng, plan, n)
+        margin = plan.get("margin")
+        shown.append(found.equivalence(margin).equivalent if margin else found.pvalue() < 0.05)
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.03)
+    assert np.mean(shown) > 0.78
+
+
 def test_the_sample_of_statsmodels() -> None:
     expected = TTestPower().solve_power(0.4, power=0.8, alpha=0.05)
     assert sample_size(difference=0.4, sd=1.0) == int(np.ceil(expected))

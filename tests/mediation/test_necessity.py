@@ -74,6 +74,20 @@ def test_enough_examples_show_that_nothing_is_needed() -> None:
     assert "none beyond the margin of 0.05" in table.describe(margin=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["latent-content", "latent-pointer", "latent-ignored", "latent-ignored-aligned"]
+)
+def test_verdicts_on_organisms_over_twenty_samples(name: str) -> None:
+    right = ("equivalent", "both") if "ignored" in name else ("effect",)
+    lens, found = organism(name), []
+    for seed in range(20):
+        table = il.necessity(lens, lens.task(n=256, seed=seed), edits=EDITS, batch_size=128)
+        found += [row.verdict(margin=0.05) in right for row in table if not row.control]
+    assert len(found) == 80
+    assert np.mean(found) >= 0.95
+
+
 def test_the_sham_is_exactly_nothing() -> None:
     for name in ("latent-content", "latent-ignored"):
         sham = table_of(name).sham

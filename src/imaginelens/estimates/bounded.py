@@ -23,6 +23,7 @@ from imaginelens.estimates import design
 from imaginelens.estimates.interval import Interval
 from imaginelens.estimates.student import critical, tail
 
+_ROUNDING = 1e-14  # what is left of a mean of 0 after "value - margin" was rounded
 _HALVINGS = 50
 _ANGLES = 60
 
@@ -38,7 +39,7 @@ def bounded_z(seen: np.ndarray, counts: np.ndarray, low: float, high: float) -> 
     """
     n = float(counts.sum())
     mean = float(counts @ seen) / n
-    if mean == 0:
+    if abs(mean) <= _ROUNDING * float(np.abs(seen).max()):
         return 0.0
     if mean < 0:
         return -bounded_z(-seen, counts, -high, -low)
