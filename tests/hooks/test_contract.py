@@ -1,7 +1,6 @@
 """The contract of the engine over every tiny architecture; a new class is one line in tiny.py."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import tiny
 import torch
 from transformers import LogitsProcessor
+from untouched import fingerprint, same
 
 import imaginelens as il
 from imaginelens.hooks import controls
@@ -392,24 +392,6 @@ def test_swapped_states_arrive_where_they_belong(name: str) -> None:
 
 
 # ---- leaving the model alone -----------------------------------------------------------------
-
-
-def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    hooks: dict[str, Callable[..., Any]] = {
-        path: (len(m._forward_hooks), len(m._forward_pre_hooks), m.training, sorted(vars(m)))
-        for path, m in model.named_modules()
-    }
-    config = {
-        p: m.config._attn_implementation for p, m in model.named_modules() if hasattr(m, "config")
-    }
-    deltas = {p: m.rope_deltas for p, m in model.named_modules() if "rope_deltas" in vars(m)}
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    return {"hooks": hooks, "config": config, "deltas": deltas, "weights": weights}
-
-
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    weights = all(torch.equal(v, two["weights"][k]) for k, v in one["weights"].items())
-    return weights and all(one[k] == two[k] for k in ("hooks", "config", "deltas"))
 
 
 @pytest.mark.parametrize("name", NAMES)
