@@ -1,6 +1,7 @@
 """Everything that touches a running model, and the metrics read from it."""
 
 from imaginelens.hooks import answers as answers
+from imaginelens.hooks.behaviour import Behaviour as Behaviour
 from imaginelens.hooks.cache import ActivationCache as ActivationCache
 from imaginelens.hooks.edits import AddNoise as AddNoise
 from imaginelens.hooks.edits import Constant as Constant
@@ -27,6 +28,7 @@ from imaginelens.hooks.errors import InputError as InputError
 from imaginelens.hooks.errors import PositionError as PositionError
 from imaginelens.hooks.errors import SiteUnavailable as SiteUnavailable
 from imaginelens.hooks.families import FAMILIES as FAMILIES
+from imaginelens.hooks.families import register_family as register_family
 from imaginelens.hooks.inputs import BlankImage as BlankImage
 from imaginelens.hooks.inputs import BlurImage as BlurImage
 from imaginelens.hooks.inputs import CropImage as CropImage
@@ -37,6 +39,8 @@ from imaginelens.hooks.inputs import PasteRegion as PasteRegion
 from imaginelens.hooks.inputs import SwapImage as SwapImage
 from imaginelens.hooks.inputs import SwapInstance as SwapInstance
 from imaginelens.hooks.inputs import SwapText as SwapText
+from imaginelens.hooks.knockout import Forget as Forget
+from imaginelens.hooks.knockout import Knockout as Knockout
 from imaginelens.hooks.landing import Landing as Landing
 from imaginelens.hooks.metrics import Metric as Metric
 from imaginelens.hooks.metrics import accuracy as accuracy
@@ -47,18 +51,27 @@ from imaginelens.hooks.metrics import log_prob as log_prob
 from imaginelens.hooks.metrics import logit_diff as logit_diff
 from imaginelens.hooks.metrics import prob as prob
 from imaginelens.hooks.metrics import source_answer as source_answer
+from imaginelens.hooks.mixture import Mixture as Mixture
 from imaginelens.hooks.model import LatentModel as LatentModel
 from imaginelens.hooks.names import get_act_name as get_act_name
 from imaginelens.hooks.pairs import Pairs as Pairs
 from imaginelens.hooks.patching import PatchResult as PatchResult
+from imaginelens.hooks.pixels import PixelEdit as PixelEdit
+from imaginelens.hooks.positions import after as after
 from imaginelens.hooks.positions import answer as answer
 from imaginelens.hooks.positions import before_answer as before_answer
+from imaginelens.hooks.positions import deciding as deciding
+from imaginelens.hooks.positions import format as format
+from imaginelens.hooks.positions import generated as generated
 from imaginelens.hooks.positions import image as image
 from imaginelens.hooks.positions import last_prompt as last_prompt
 from imaginelens.hooks.positions import latent as latent
+from imaginelens.hooks.positions import markers as markers
+from imaginelens.hooks.positions import onward as onward
 from imaginelens.hooks.positions import positions as positions
 from imaginelens.hooks.positions import span as span
 from imaginelens.hooks.positions import text as text
+from imaginelens.hooks.registering import register_structure as register_structure
 from imaginelens.hooks.registry import HookRegistry as HookRegistry
 from imaginelens.hooks.run import Run as Run
 from imaginelens.hooks.run import always_emitters as always_emitters
@@ -71,3 +84,4 @@ from imaginelens.hooks.textedits import Truncate as Truncate
 from imaginelens.hooks.textspans import TextSpec as TextSpec
 from imaginelens.hooks.textspans import imagination as imagination
 from imaginelens.hooks.tokens import TokenMap as TokenMap
+from imaginelens.hooks.vocabspans import VocabSpec as VocabSpec

@@ -1,7 +1,9 @@
-"""Attention patterns as a readable, writable site, through a registered attention function.
+"""The inside of attention: rotated queries and keys, scores and the pattern, made visible.
 
-Fused kernels never hold the pattern. While a pattern site is active, the text model runs on the
-attention function below, whose pattern our hooks may replace before it meets the values.
+Fused kernels hold neither scores nor pattern. While something acts inside attention, the text model
+runs on the attention function below, which transformers lets us register: hooks may replace what it
+reads (queries after rotation, keys as the cache holds them), cut edges of its scores, or replace
+its pattern before that meets the values.
 """
 
 import inspect
@@ -17,9 +19,14 @@ from transformers.masking_utils import eager_mask
 from imaginelens.hooks.errors import SiteUnavailable
 
 NAME = "imaginelens_pattern"
-PatternHook = Callable[[torch.Tensor], torch.Tensor]
+SLOTS = ("rot_q", "rot_k", "scores", "pattern")  # what can be reached inside, in this order
+Hook = Callable[[torch.Tensor], torch.Tensor]
+# of keys or values (example, head, key, d_head) and the edges there are, (example, query, key):
+# what else is read, and along which of them; None is nothing
+ReadHook = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+Inside = dict[str, Any]  # by slot: a Hook; at "read_k" and "read_v" a ReadHook
 
-_ACTIVE: dict[int, PatternHook] = {}  # by id of the attention module
+_ACTIVE: dict[int, Inside] = {}  # by id of the attention module
 
 
 def offers_pattern(attention: nn.Module) -> bool:
@@ -44,25 +51,66 @@ def _pattern_attention(
     where a padded row's mask then overflows."""
     if s_aux is not None:
         raise SiteUnavailable(
-            f"{type(module).__name__} has attention sinks, which hook_pattern does not model; "
-            "edit hook_z instead"
+            f"{type(module).__name__} has attention sinks, which hook_pattern and il.Knockout do "
+            "not model; edit hook_z instead"
         )
+    hooks = _ACTIVE.get(id(module), {})
+    query, key = _shown(hooks, "rot_q", query), _shown(hooks, "rot_k", key)
     repeats = query.shape[1] // key.shape[1]
-    keys, values = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    scores = (
-        query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    )
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def of_heads(held: torch.Tensor) -> torch.Tensor:
+        return held.repeat_interleave(repeats, dim=1)
+
+    def scored(keys: torch.Tensor) -> torch.Tensor:
+        scores = query @ of_heads(keys).transpose(2, 3) * scale
+        return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+    scores = scored(key)
+    read = _read(hooks, "read_k", module, key, scores, attention_mask)
+    if read is not None:
+        scores = torch.where(read[1][:, None], scored(read[0]), scores)
     if attention_mask is not None:
         scores = scores + attention_mask
+    scores = _shown(hooks, "scores", scores)
     precise = torch.promote_types(query.dtype, torch.float32)
     pattern = torch.softmax(scores, dim=-1, dtype=precise).to(query.dtype)
     pattern = nn.functional.dropout(pattern, p=dropout, training=module.training)
-    hook = _ACTIVE.get(id(module))
-    if hook is not None:
-        pattern = hook(pattern)
-    return (pattern @ values).transpose(1, 2).contiguous(), pattern
+    pattern = _shown(hooks, "pattern", pattern)
+    mixed = pattern @ of_heads(value)
+    read = _read(hooks, "read_v", module, value, scores, attention_mask)
+    if read is not None:
+        mixed = mixed + pattern * read[1][:, None] @ of_heads(read[0] - value)
+    return mixed.transpose(1, 2).contiguous(), pattern
+
+
+def _shown(hooks: Inside, slot: str, value: torch.Tensor) -> torch.Tensor:
+    return hooks[slot](value) if slot in hooks else value
+
+
+def _read(
+    hooks: Inside,
+    slot: str,
+    module: nn.Module,
+    held: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What else some queries read of the keys or values, and along which edges."""
+    if slot not in hooks:
+        return None
+    if slot == "read_v" and getattr(module, "v_norm", None) is not None:
+        raise SiteUnavailable(
+            f"{type(module).__name__} normalises its values before they are cached, so that they "
+            "are not those of hook_v; leave readers out"
+        )
+    n_rows, _, *edges = scores.shape
+    if mask is None:
+        visible = torch.ones(n_rows, *edges, dtype=torch.bool, device=scores.device)
+    else:
+        visible = (mask > torch.finfo(mask.dtype).min / 2).any(1).expand(n_rows, *edges)
+    found: tuple[torch.Tensor, torch.Tensor] | None = hooks[slot](held, visible)
+    return found
 
 
 AttentionInterface.register(NAME, _pattern_attention)
@@ -70,8 +118,14 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 @contextmanager
-def patterns(model: PreTrainedModel, hooks: Mapping[str, PatternHook]) -> Iterator[None]:
-    """Show the attention pattern of the modules at these paths to their hooks, for one forward."""
+def inside(model: PreTrainedModel, hooks: Mapping[str, Inside]) -> Iterator[None]:
+    """Show what is inside the attention modules at these paths to their hooks, for one forward.
+
+    Args:
+        hooks: by path, then by slot: "rot_q" and "rot_k" (example, head, position, d_head),
+            "scores" and "pattern" (example, head, query, key); scores come masked; and "read_k" and
+            "read_v", a `ReadHook` each.
+    """
     if not hooks:
         yield
         return
@@ -79,7 +133,7 @@ def patterns(model: PreTrainedModel, hooks: Mapping[str, PatternHook]) -> Iterat
     # The mask is made by whoever holds the root config, the attention by whoever holds the text's.
     configs = {id(c): c for c in (model.config, *(m.config for m in modules.values()))}
     before = [(c, c._attn_implementation_internal) for c in configs.values()]
-    _ACTIVE.update({id(modules[path]): hook for path, hook in hooks.items()})
+    _ACTIVE.update({id(modules[path]): slots for path, slots in hooks.items()})
     try:
         for config, _ in before:
             config._attn_implementation_internal = NAME

@@ -1,13 +1,16 @@
 """What a model is to this library: printed by `lens.describe()`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from imaginelens.hooks.behaviour import Behaviour
 from imaginelens.hooks.sites import SiteTable
 from imaginelens.hooks.spec import LatentSpec
 from imaginelens.hooks.structure import Structure
 from imaginelens.hooks.textspans import TextSpec
+from imaginelens.hooks.vocabspans import VocabSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Description:
     grid_rule: str
     dtype: str
     attention: str
+    behaviour: tuple[str, ...]
     unsupported: dict[str, str]
 
     def __str__(self) -> str:
@@ -34,6 +38,7 @@ class Description:
             f"  vision     {self.vision_layers} layers, grid: {self.grid_rule}",
             f"  sites      {self.sites}",
         ]
+        lines += [f"  behaviour  {line}" for line in self.behaviour]
         lines += [f"  missing    {name}: {why}" for name, why in self.unsupported.items()]
         return "\n".join(lines)
 
@@ -43,8 +48,9 @@ class Description:
 def describe(
     model: PreTrainedModel,
     structure: Structure,
+    behaviour: Behaviour,
     table: SiteTable,
-    spec: LatentSpec | TextSpec | None,
+    spec: LatentSpec | TextSpec | VocabSpec | None,
 ) -> Description:
     """Describe a model from what was found in it."""
     text = model.config.get_text_config(decoder=True)
@@ -59,25 +65,52 @@ def describe(
         grid_rule=_grid_rule(model, structure),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         attention=str(text._attn_implementation),
+        behaviour=(*behaviour.lines(), *_ways(model, structure)),
         unsupported=_by_kind(table),
     )
 
 
-def _latents(spec: LatentSpec | TextSpec) -> str:
+def _latents(spec: LatentSpec | TextSpec | VocabSpec) -> str:
     if isinstance(spec, TextSpec):
         return f"none; {spec.name}: imagines in words, between {spec.open!r} and {spec.close!r}"
+    if isinstance(spec, VocabSpec):
+        groups = ", ".join(f"{' '.join(dict.fromkeys(g))} x {len(g)}" for g in spec.groups)
+        read = f" ({spec.decodes})" if spec.decodes else ""
+        return f"{spec.name}: written as tokens, {groups}; nothing fed back; {spec.site}{read}"
     steps = f"exactly {spec.max_steps}" if spec.fixed else f"up to {spec.max_steps}"
     head = "" if spec.project is None else ", through an extra head"
     end = "" if spec.criterion is None else ", ended by a learned state"
+    if spec.trigger == "prompt":
+        return f"{spec.name}: one for each {spec.pad!r} of the prompt{head}"
+    if spec.trigger == "always":
+        return f"{spec.name}: from the first generated token until {spec.close!r}{head}{end}"
     return (
         f"{spec.name}: {steps} steps, opened by {spec.open!r} ({spec.trigger}), slot {spec.slot}"
         f"{head}{end}"
     )
 
 
+def _ways(model: PreTrainedModel, structure: Structure) -> Iterator[str]:
+    """How sublayers and images reach the stream, where it is not as usual."""
+    blocks = structure.blocks
+    scaled = sum(block.by_difference for block in blocks)
+    if scaled:
+        yield (
+            f"{scaled} of {len(blocks)} blocks gate or scale what their sublayers add: there "
+            "hook_attn_out and hook_mlp_out are differences of the stream"
+        )
+    decoder = model.get_submodule(structure.decoder)
+    looking = [path for path, _ in decoder.named_modules() if path.endswith("cross_attn")]
+    if looking:
+        yield (
+            f"images come by cross-attention ({', '.join(looking)}): no position shows one and "
+            "il.image finds none; edit vision_projector.hook_out or the blocks behind"
+        )
+
+
 def _grid_rule(model: PreTrainedModel, structure: Structure) -> str:
     if structure.image_token_id is None:
-        return "none (text only)"
+        return "none (text only)" if structure.vision is None else "none (no token shows an image)"
     vision = getattr(model.config, "vision_config", None)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(
         model.config, "spatial_merge_size", None

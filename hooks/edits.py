@@ -6,7 +6,8 @@ A cell is one row at one position. `apply(act, ctx)` gets the states of the touc
 """
 
 import hashlib
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 
-from imaginelens.hooks.errors import DonorError
+from imaginelens.hooks.errors import DonorError, InputError
+from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.states import Donor, States
+from imaginelens.hooks.tokens import TokenMap
 
 Act = Shaped[torch.Tensor, "cell ..."]
 
@@ -80,6 +83,10 @@ class Edit:
     lines_up: ClassVar[bool] = False  # whether row i of `given` goes into row i of the run
     asks_for: ClassVar[str] = "reference=lens.run(other_inputs)"
 
+    def sites_among(self, names: Collection[str], chosen: tuple[str, ...]) -> tuple[str, ...]:
+        """The sites at which it acts, of a model's sites, where some were chosen."""
+        return chosen
+
     @property
     def given(self) -> Donor | None:
         """The donor or reference, if this edit has one."""
@@ -100,6 +107,20 @@ class Edit:
                 f"il.{type(self).__name__}(..., {self.asks_for})"
             )
         return ctx.given
+
+
+class EdgeEdit(Edit):
+    """An edit that cuts edges of attention; it acts on scores, not on states."""
+
+    def edges(
+        self, at: Positions, tokens: TokenMap, queries: np.ndarray, keys: np.ndarray
+    ) -> np.ndarray:
+        """Which edges to cut between these columns: (example, query, key)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it cuts")
+
+    def heads_among(self, n: int) -> torch.Tensor:
+        """Which of a layer's `n` query heads are cut, as a mask."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which heads it cuts")
 
 
 @dataclass(frozen=True)
@@ -372,6 +393,23 @@ class FirstRepeat(Edit):
 
     def apply(self, act: Act, ctx: EditContext) -> Act:
         return act.clone() if ctx.first is None else ctx.first.to(act).clone()
+
+
+def whole_numbers(name: str, given: Any) -> tuple[int, ...] | None:
+    """Numbers of layers or heads, sorted, each once; None stays None, and means all.
+
+    Raises:
+        InputError: it is no list of whole numbers from 0, or an empty one.
+    """
+    if given is None:
+        return None
+    listed = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str)
+    if not listed or not len(given):
+        raise InputError(f"{name} is {given!r}, expected numbers such as [0, 2], or None for all")
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:
+            raise InputError(f"{name} holds {number!r}; give whole numbers, counted from 0")
+    return tuple(sorted({int(number) for number in given}))
 
 
 def _orthogonal(u: torch.Tensor) -> torch.Tensor:

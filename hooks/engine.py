@@ -1,7 +1,7 @@
 """One forward with workers: the only place where this library enters an nnsight trace.
 
 The trace body holds no logic, because nnsight captures its source: everything that decides is in
-callables. `workers` wait for the value of a module each, so their order does not matter.
+callables. `workers` wait for the value of a module each; those that share one act in their order.
 """
 
 import threading
@@ -12,6 +12,7 @@ from typing import Any
 import nnsight
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 Worker = Callable[[], None]
 
@@ -70,12 +71,32 @@ def visit(
     def worker() -> None:
         envoy = wrapped.get(path)
         value = getattr(envoy, slot)
-        act = value[0] if isinstance(value, tuple) else value
+        act = first_tensor(value)
         new = fn(act)
         if new is not act:
-            setattr(envoy, slot, (new, *value[1:]) if isinstance(value, tuple) else new)
+            setattr(envoy, slot, with_first(value, new))
 
     return worker
+
+
+def first_tensor(value: Any) -> torch.Tensor:
+    """The tensor that a module's value is about: itself, the first of several, or, of a vision
+    tower's output, what is pooled for the text model."""
+    if isinstance(value, ModelOutput):
+        value = value[_shown(value)]
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def with_first(value: Any, new: torch.Tensor) -> Any:
+    """The same value, of the same type, with another tensor in that place."""
+    if isinstance(value, ModelOutput):
+        key = _shown(value)
+        return type(value)(**{**value, key: with_first(value[key], new)})
+    return type(value)((new, *value[1:])) if isinstance(value, tuple | list) else new
+
+
+def _shown(value: ModelOutput) -> str:
+    return "pooler_output" if value.get("pooler_output") is not None else "last_hidden_state"
 
 
 def visit_residual(
@@ -105,3 +126,52 @@ def visit_residual(
             envoy.output = out + (new - act)
 
     return worker
+
+
+def visit_stream(
+    wrapped: nnsight.NNsight,
+    block: str,
+    mid: str,
+    part: str,
+    fn: Callable[[torch.Tensor], torch.Tensor],
+) -> Worker:
+    """Make a worker for the stream inside a block that gates or scales what its sublayers add.
+
+    What is added is then no module's output, so it is read as a difference of the stream: before
+    and behind the first sublayer (`attn_out`), behind both (`mlp_out`). The stream between them
+    (`mid`) is written in place, because the block holds the same tensor for its skip connection
+    and may scale that as well.
+    """
+
+    def worker() -> None:
+        envoy = wrapped.get(block)
+        before = first_tensor(envoy.input)
+        stream = wrapped.get(mid).input
+        between = stream.reshape(before.shape)  # some blocks flatten example and position
+        if part == "mlp_out":
+            out = first_tensor(envoy.output)
+            new = _changed(out, out - between, between, fn)
+            if new is not out:
+                envoy.output = with_first(envoy.output, new)
+            return
+        held = between.clone()
+        new = _changed(held, held - before, before, fn) if part == "attn_out" else fn(held)
+        if new is not held or held.requires_grad:
+            stream.copy_(new.reshape(stream.shape))
+
+    return worker
+
+
+def _changed(
+    whole: torch.Tensor,
+    added: torch.Tensor,
+    rest: torch.Tensor,
+    fn: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`whole` = `rest` + `added` with `fn` on `added`: to the bit where nothing changed, and with
+    the gradient passing through `added` only."""
+    new = fn(added)
+    if new is added and not added.requires_grad:
+        return whole
+    moved = whole + (new - added)
+    return rest + new + (moved - rest - new).detach() if moved.requires_grad else moved

@@ -1,17 +1,18 @@
 """What can be active at a site: a user's hook, an edit, a capture; and which cells they touch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from imaginelens.hooks.edits import Edit, EditContext, Sham
-from imaginelens.hooks.errors import DonorError, SiteUnavailable
+from imaginelens.hooks.edits import EdgeEdit, Edit, EditContext, Sham
+from imaginelens.hooks.errors import DonorError, InputError, SiteUnavailable
 from imaginelens.hooks.landing import Landing
-from imaginelens.hooks.positions import Positions
+from imaginelens.hooks.positions import Positions, edges
 from imaginelens.hooks.sites import Site
 from imaginelens.hooks.states import States, states_of
 from imaginelens.hooks.tokens import Kind, TokenMap
@@ -69,6 +70,9 @@ class Entry:
         """Act on the value at a site; the same tensor back is a read."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it acts")
 
+    def settle(self, names: Collection[str]) -> None:
+        """Take its place among the sites of a model, as it becomes active."""
+
 
 @dataclass(eq=False)
 class HookEntry(Entry):
@@ -102,16 +106,55 @@ class EditEntry(Entry):
     at: Positions
     landing: Landing
     draw: int = 0
+    heads: tuple[int, ...] | None = None
+    readers: Positions | None = None
     _given: dict[str, States | None] = field(default_factory=dict)
     _first: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     _found: tuple[Chunk, int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+    _edges: tuple[Chunk, int, torch.Tensor] | None = None
+    _counted: set[tuple[str, int, int]] = field(default_factory=set)
+
+    @property
+    def along_edges(self) -> bool:
+        """Whether it acts inside attention, edge by edge, not on the value of its sites."""
+        return self.readers is not None or isinstance(self.edit, EdgeEdit)
+
+    def settle(self, names: Collection[str]) -> None:
+        self.sites = self.landing.sites = self.edit.sites_among(names, self.sites)
+        for site in self.sites if self.readers is not None else ():
+            if not site.endswith(("attn.hook_rot_k", "attn.hook_v")):
+                raise InputError(
+                    f"readers={self.readers!r} with {site!r}: only keys and values are read by "
+                    "others; name sites such as 'blocks.0.attn.hook_rot_k' or '*.attn.hook_v'"
+                )
+            if f"{site.rpartition('.')[0]}.hook_pattern" not in names:
+                raise SiteUnavailable(
+                    f"readers of {site!r} cannot be told apart, for its attention class does not "
+                    "ask for a registered attention function; leave readers out"
+                )
 
     def begin(self) -> None:
         """Forget what belongs to one run."""
         self._first.clear()
+        self._counted.clear()
         self.landing.begin()
 
     def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        changed = None if self.along_edges else self._changed(site, act, chunk, columns)
+        if changed is None:
+            return act
+        rows, places, at_columns, old, new = changed
+        fresh = site.is_vision | (at_columns >= chunk.start)  # not those that wait in the cache
+        if fresh.any():
+            self.landing.record(
+                site.name, rows[fresh], at_columns[fresh], old[fresh], new[fresh], chunk
+            )
+        return _scatter(site, act, chunk, rows, places, new)
+
+    def _changed(
+        self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor, torch.Tensor] | None:
+        """The cells it touches, as rows, places and columns, and their states before and after."""
         if site.is_vision:
             rows, places, ordinals, old = _vision_cells(site, act, chunk, self.at)
         else:
@@ -120,12 +163,12 @@ class EditEntry(Entry):
             rows, places, ordinals = rows[keep], places[keep], ordinals[keep]
             old = act[rows, places]
         if len(rows) == 0:
-            return act
+            return None
         given = self._states(site.name)
         keep = self._has_donor(given, rows, ordinals, len(chunk.tokens), site.name)
         rows, places, ordinals, old = rows[keep], places[keep], ordinals[keep], old[keep]
         if len(rows) == 0:
-            return act
+            return None
         at_columns = places if site.is_vision else columns[places]
         ctx = EditContext(
             site=site.name,
@@ -146,8 +189,74 @@ class EditEntry(Entry):
                 f"cells of shape {tuple(old.shape)} at {site.name!r}; an edit keeps its shape"
             )
         new = new.to(old)  # before it is judged: a change can be lost in rounding
-        self.landing.record(site.name, rows, at_columns, old, new, chunk)
-        return _scatter(site, act, chunk, rows, places, new)
+        if self.heads is not None:
+            new = _in_heads(self.heads, site, old, new)
+        return rows, places, at_columns, old, new
+
+    def read(
+        self, site: Site, chunk: Chunk, held: torch.Tensor, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What its readers see of keys or values (example, head, key, d_head), and along which
+        edges (example, query, key). A cell counts once in a call, when it is read."""
+        act, n_keys = held.transpose(1, 2), held.shape[2]
+        wanted = self._wanted(chunk, visible.shape[1], n_keys).to(visible.device) & visible
+        columns = np.arange(chunk.stop - n_keys, chunk.stop)
+        changed = self._changed(site, act, chunk, columns) if bool(wanted.any()) else None
+        if changed is None:
+            return None
+        rows, places, at_columns, old, new = changed
+        self.landing.edges += int(wanted.sum())
+        is_read = wanted.any(1).cpu().numpy()[rows, places]
+        fresh = is_read & self._first_time(site.name, rows, at_columns, is_read)
+        self.landing.record(
+            site.name, rows[fresh], at_columns[fresh], old[fresh], new[fresh], chunk
+        )
+        return _scatter(site, act, chunk, rows, places, new).transpose(1, 2), wanted
+
+    def _first_time(
+        self, site: str, rows: np.ndarray, columns: np.ndarray, counts: np.ndarray
+    ) -> np.ndarray:
+        """Which of the cells have not been counted in this call; those that count now are."""
+        cells = [(site, int(r), int(c)) for r, c in zip(rows, columns, strict=True)]
+        new = np.array([cell not in self._counted for cell in cells], dtype=bool)
+        self._counted.update(cell for cell, count in zip(cells, counts, strict=True) if count)
+        return new
+
+    def cut(self, site: str, chunk: Chunk, scores: torch.Tensor) -> torch.Tensor:
+        """Cut edges of one forward and layer: masked scores (example, head, query, key).
+
+        A key that is hidden is a touched cell, once in a call; `landing.edges` counts edges.
+        """
+        assert isinstance(self.edit, EdgeEdit)
+        wanted = self._wanted(chunk, *scores.shape[-2:]).to(scores.device)
+        visible = (scores > torch.finfo(scores.dtype).min / 2).any(1)
+        wanted = wanted & visible
+        self.landing.edges += int(wanted.sum())
+        rows, keys = np.nonzero(wanted.any(1).cpu().numpy())
+        if len(rows) == 0:
+            return scores
+        columns = keys + chunk.stop - scores.shape[-1]
+        new = self._first_time("", rows, columns, np.ones(len(rows)))
+        whole = torch.ones(int(new.sum()), 1)  # an edge is cut wholly: a relative change of 1
+        self.landing.record(site, rows[new], columns[new], whole, torch.zeros_like(whole), chunk)
+        of_heads = self.edit.heads_among(scores.shape[1]).to(scores.device)
+        return scores.masked_fill(wanted[:, None] & of_heads[:, None, None], float("-inf"))
+
+    def _wanted(self, chunk: Chunk, n_queries: int, n_keys: int) -> torch.Tensor:
+        """The edges it means in a forward: the same in all of its layers, but for their windows."""
+        if self._edges is None or self._edges[0] is not chunk or self._edges[1] != n_keys:
+            if n_keys > chunk.stop:
+                raise SiteUnavailable(
+                    f"the cache holds {n_keys} keys of {chunk.stop} positions, so it was made in "
+                    "advance, and edges need one that grows; leave cache_implementation out"
+                )
+            queries, keys = (np.arange(chunk.stop - n, chunk.stop) for n in (n_queries, n_keys))
+            if isinstance(self.edit, EdgeEdit):
+                wanted = self.edit.edges(self.at, chunk.tokens, queries, keys)
+            else:
+                wanted = edges(self.readers, self.at, chunk.tokens, queries, keys)
+            self._edges = (chunk, n_keys, torch.as_tensor(wanted))
+        return self._edges[2]
 
     def _touched(
         self, chunk: Chunk, columns: np.ndarray
@@ -197,11 +306,18 @@ class EditEntry(Entry):
 
     def _remember_first(
         self, site: str, rows: np.ndarray, ordinals: np.ndarray, old: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         for i in np.flatnonzero(ordinals == 0):
             self._first[site, int(rows[i])] = old[i]
         blank = torch.zeros_like(old[0])
-        return torch.stack([self._first.get((site, int(row)), blank) for row in rows])
+        found = [self._first.get((site, int(row)), blank) for row in rows]
+        if any(first.shape[-1] > blank.shape[-1] for first in found):
+            return None  # a window has moved on, and its first pattern has other keys
+        # a pattern grows by a key per step: what came later was not looked at
+        width = blank.shape[-1]
+        return torch.stack(
+            [f if f.shape[-1] == width else pad(f, (0, width - f.shape[-1])) for f in found]
+        )
 
 
 @dataclass(eq=False)
@@ -241,6 +357,7 @@ class CaptureEntry(Entry):
                 (row, int(place))
                 for row in range(len(chunk.tokens))
                 for place in np.flatnonzero(np.isin(columns, self.wanted(chunk.tokens, row)))
+                if columns[place] >= chunk.start  # keys in the cache were captured when new
             ]
             plan = np.array(cells, dtype=int).reshape(-1, 2)
             self._planned = (chunk, len(columns), plan)
@@ -334,6 +451,25 @@ def _scatter(
     where = [slots[int(r), int(c)] for r, c in zip(rows, places, strict=True)]
     out.view(-1, act.shape[-1])[where] = new
     return out
+
+
+def _in_heads(
+    heads: tuple[int, ...], site: Site, old: torch.Tensor, new: torch.Tensor
+) -> torch.Tensor:
+    """The new states in some heads, the old ones in the others: (cell, head, ...)."""
+    if site.kind.axes[2:3] != ("head",):
+        raise InputError(
+            f"{site.name!r} has the axes {', '.join(site.kind.axes)} and no heads; leave heads "
+            "out, or name a site such as 'blocks.0.attn.hook_z'"
+        )
+    if max(heads) >= old.shape[1]:
+        raise InputError(
+            f"heads names head {max(heads)} of {site.name!r}, which has heads 0 to "
+            f"{old.shape[1] - 1}"
+        )
+    mixed = old.clone()
+    mixed[:, list(heads)] = new[:, list(heads)]
+    return mixed
 
 
 def _check_fit(given: States | None, act: torch.Tensor, site: Site, edit: Edit) -> None:

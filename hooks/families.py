@@ -2,9 +2,11 @@
 
 What an entry says was read from the released code, named beside it; ids and configs of the released
 checkpoints themselves are not verified. A family is recognised by the strings of its tokenizer,
-then by config keys; where families share both, nothing is guessed.
+then by config keys; where families share both, the Hub id or a key of its own tells them apart, or
+nothing is guessed.
 """
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from imaginelens.hooks import answers
-from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.hooks.heads import NearTo, OnLatents, build_head, read_extras
+from imaginelens.hooks.prompt_families import PROMPT_FAMILIES, PROMPT_RECOGNISED
 from imaginelens.hooks.spec import LatentSpec, PromptStyle
 from imaginelens.hooks.textspans import CLOSE, TextSpec
+from imaginelens.hooks.unverified import NOTES, UNVERIFIED_FAMILIES
+from imaginelens.hooks.vocab_families import VOCAB_FAMILIES
+from imaginelens.hooks.vocabspans import VocabSpec
 
 LVR_END = "lvr_latent_end_emb"
 _KEYS = {"open": "latent_start_id", "close": "latent_end_id", "pad": "latent_token_id"}
@@ -96,7 +102,7 @@ _MIRAGE = LatentSpec(
     checkpoints=("Miiche/vsp_spatial_planning_direct_sft",),
 )
 
-Family = LatentSpec | TextSpec
+Family = LatentSpec | TextSpec | VocabSpec
 
 FAMILIES: dict[str, Family] = {
     "organism": LatentSpec(
@@ -156,10 +162,103 @@ FAMILIES: dict[str, Family] = {
         answer=answers.first_found(answers.boxed, answers.after(CLOSE), answers.tail),
         checkpoints=("Michael4933/CapImagine-7B",),
     ),
+    **PROMPT_FAMILIES,
+    **VOCAB_FAMILIES,
+    **UNVERIFIED_FAMILIES,
 }
 
 # The others are chosen by name: a checkpoint does not show that it is meant so.
 RECOGNISED = ("monet", "lvr", "mirage", "ilvr", "skila", "swimbird")
+_recognised = [*RECOGNISED, *PROMPT_RECOGNISED, *VOCAB_FAMILIES]
+
+
+def register_family(spec: Family) -> None:
+    """Add a family of your own to those that `il.load` recognises, and to `il.FAMILIES`.
+
+    A checkpoint is recognised by all tokens of the family together, by its config keys or Hub ids.
+    For one checkpoint alone, pass the spec to `il.load(..., spec=spec)` instead.
+
+    Raises:
+        InputError: `spec` is no spec; its name or a Hub id is taken; its tokens are also those of
+            another family, so that neither could be told; or there is nothing to tell it by.
+
+    >>> register_family(LatentSpec(name="doc", open="<o>", close="</o>", pad="<p>", max_steps=2))
+    >>> FAMILIES.pop("doc").max_steps
+    2
+    """
+    if not isinstance(spec, Family):
+        raise InputError(
+            f"a {type(spec).__name__} is no family; give il.LatentSpec(...), il.VocabSpec(...) or "
+            "il.TextSpec(...)"
+        )
+    if not spec.name or spec.name in FAMILIES:
+        raise InputError(
+            f"there is a family {spec.name!r} already; give yours another name"
+            if spec.name
+            else "a family needs a name; give it one"
+        )
+    own = _signs(spec)
+    for other in FAMILIES.values():
+        theirs = _signs(other)
+        if min(len(own), len(theirs)) > 1 and (own <= theirs or theirs <= own):
+            raise InputError(
+                f"{spec.name!r} has the tokens {', '.join(sorted(own & theirs))}, which are those "
+                f"of {other.name!r}, so that no checkpoint would show which it is; rename them, or "
+                "pass spec=... to il.load"
+            )
+        if taken := set(spec.checkpoints) & set(other.checkpoints):
+            raise InputError(f"{min(taken)!r} belongs to the family {other.name!r} already")
+    keys = isinstance(spec, LatentSpec) and {*(spec.config_keys or {})} >= {"open", "close", "pad"}
+    if len(own) < 2 and not keys and not spec.checkpoints:
+        raise InputError(
+            f"{spec.name!r} could not be recognised by {len(own)} token; give it more tokens as "
+            "strings, config_keys for them, or Hub ids as checkpoints"
+        )
+    FAMILIES[spec.name] = spec
+    if not isinstance(spec, TextSpec):
+        _recognised.append(spec.name)
+
+
+def named(spec: Family | str | Literal[False]) -> Family | Literal[False]:
+    """The family of a name; a spec as it is.
+
+    Raises:
+        CheckpointError: there is no such family.
+    """
+    if not isinstance(spec, str):
+        return spec
+    if spec not in FAMILIES:
+        raise CheckpointError(
+            f"there is no family {spec!r}; choose one of {', '.join(FAMILIES)}, or pass "
+            "spec=il.LatentSpec(...)"
+        )
+    return FAMILIES[spec]
+
+
+def check_rows(spec: Family, ids: Collection[int], model: PreTrainedModel) -> None:
+    """Refuse token ids that a model has no embedding for: its vocabulary was never resized.
+
+    Raises:
+        CheckpointError: an id is not among the rows.
+    """
+    rows = len(model.get_input_embeddings().weight)
+    if max(ids, default=0) >= rows:
+        raise CheckpointError(
+            f"the tokens of {spec.name} have ids up to {max(ids)}, and the {type(model).__name__} "
+            f"has {rows} rows of token embeddings; open the checkpoint that was trained with them, "
+            "or call model.resize_token_embeddings(len(tokenizer)) before you train"
+        )
+
+
+def note(spec: Family | None) -> None:
+    """Say on stderr what is not verified about a family."""
+    if spec is not None and spec.name in NOTES:
+        print(f"imaginelens: {spec.name} is not verified: {NOTES[spec.name]}", file=sys.stderr)
+
+
+def _signs(spec: Family) -> set[str]:
+    """The tokens by which a family is recognised."""
+    return {spec.open, spec.close} if isinstance(spec, TextSpec) else set(spec.strings)
 
 
 def family_of(config: Any, tokenizer: Any, held: Collection[str] = ()) -> Family | None:
@@ -177,16 +276,21 @@ def family_of(config: Any, tokenizer: Any, held: Collection[str] = ()) -> Family
     Raises:
         CheckpointError: several families fit, or a family's tokens are there in part.
     """
-    named = getattr(config, "imaginelens_family", None)
-    if named is not None and named not in FAMILIES:
+    name = getattr(config, "imaginelens_family", None)
+    if name is not None and name not in FAMILIES:
         raise CheckpointError(
-            f"the config names the family {named!r}, which is not one of {', '.join(FAMILIES)}; "
+            f"the config names the family {name!r}, which is not one of {', '.join(FAMILIES)}; "
             "pass spec=il.LatentSpec(...)"
         )
-    spec = FAMILIES[named] if named is not None else _only(_candidates(config, tokenizer), config)
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    spec: Family | None = (
+        FAMILIES[name]
+        if name is not None
+        else _only(_candidates(config, vocabulary), config, vocabulary)
+    )
     if spec is None:
         return _in_words(config, tokenizer)
-    if isinstance(spec, TextSpec):
+    if not isinstance(spec, LatentSpec):
         return spec
     if spec.name == "lvr" and LVR_END in held:
         spec = _LVR_LATENT_END
@@ -233,39 +337,61 @@ def family_on_disk(
 def _in_words(config: Any, tokenizer: Any) -> TextSpec | None:
     """The family that imagines in words, told by its Hub id or by markers that are tokens."""
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    repository = str(getattr(config, "_name_or_path", ""))
     for spec in FAMILIES.values():
         if isinstance(spec, TextSpec) and (
-            repository in spec.checkpoints or {spec.open, spec.close} <= set(vocabulary)
+            _repository(config) in spec.checkpoints or {spec.open, spec.close} <= set(vocabulary)
         ):
             return spec
     return None
 
 
-def _candidates(config: Any, tokenizer: Any) -> list[LatentSpec]:
+def _candidates(config: Any, vocabulary: Mapping[str, int]) -> list[LatentSpec | VocabSpec]:
     """Every family whose tokens the checkpoint has, by strings, or else by config keys."""
-    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    specs = [s for name in RECOGNISED if isinstance(s := FAMILIES[name], LatentSpec)]
-    whole = [spec for spec in specs if all(t in vocabulary for t in spec.strings)]
+    specs = [s for n in _recognised if not isinstance(s := FAMILIES.get(n), TextSpec | None)]
+    whole = [spec for spec in specs if _whole(spec, config, vocabulary)]
     if whole:
         return whole
-    part = [spec for spec in specs if spec.open in vocabulary]
+    part = [spec for spec in specs if _begun(spec, vocabulary)]
     # tokens that are no strings of this tokenizer may still be named by the config
-    by_keys = [s for s in part or specs if not _missing(s, config, vocabulary)]
+    by_keys: list[LatentSpec | VocabSpec] = [
+        s
+        for s in part or specs
+        if isinstance(s, LatentSpec) and not _missing(s, config, vocabulary)
+    ]
     if part and not by_keys:
         wanted = " or ".join(
             f"{spec.name} needs {', '.join(_missing(spec, config, vocabulary))}" for spec in part
         )
+        there = next(token for token in part[0].strings if token in vocabulary)
         raise CheckpointError(
-            f"{_name(config)} has latent tokens in part: its tokenizer holds {part[0].open!r}, but "
+            f"{_name(config)} has latent tokens in part: its tokenizer holds {there!r}, but "
             f"{wanted}, in neither the tokenizer nor the config; add the tokens, or pass "
             "spec=il.LatentSpec(...) with ids, or spec=False"
         )
     return by_keys
 
 
-def _missing(spec: LatentSpec, config: Any, vocabulary: Mapping[str, int]) -> list[str]:
+def _whole(spec: LatentSpec | VocabSpec, config: Any, vocabulary: Mapping[str, int]) -> bool:
+    """Whether a tokenizer holds a family's tokens. One token alone shows nothing."""
+    if isinstance(spec, VocabSpec):
+        return spec.fits(vocabulary) or (
+            _repository(config) in spec.checkpoints
+            and any(set(group) <= set(vocabulary) for group in spec.groups)
+        )
+    return len(spec.strings) > 1 and all(token in vocabulary for token in spec.strings)
+
+
+def _begun(spec: LatentSpec | VocabSpec, vocabulary: Mapping[str, int]) -> bool:
+    """Whether a tokenizer that does not hold all of a family's tokens holds what begins a span."""
+    if isinstance(spec, VocabSpec):
+        return len(spec.strings) > 1 and any(token in vocabulary for token in spec.strings)
+    return spec.open in vocabulary
+
+
+def _missing(spec: LatentSpec | VocabSpec, config: Any, vocabulary: Mapping[str, int]) -> list[str]:
     """The tokens of a family that a checkpoint names nowhere."""
+    if isinstance(spec, VocabSpec):
+        return [repr(token) for token in spec.strings if token not in vocabulary]
     keys = spec.config_keys or {}
     return [
         repr(token)
@@ -275,23 +401,32 @@ def _missing(spec: LatentSpec, config: Any, vocabulary: Mapping[str, int]) -> li
     ]
 
 
-def _only(candidates: list[LatentSpec], config: Any) -> LatentSpec | None:
+def _only(
+    candidates: list[LatentSpec | VocabSpec], config: Any, vocabulary: Mapping[str, int]
+) -> LatentSpec | VocabSpec | None:
     """The one family that fits; of several, the one that the Hub id or a config key tells."""
     if len(candidates) < 2:
         return candidates[0] if candidates else None
-    repository = str(getattr(config, "_name_or_path", ""))
-    told = [s for s in candidates if repository in s.checkpoints] or [
+    told = [s for s in candidates if _repository(config) in s.checkpoints] or [
         s for s in candidates if any(hasattr(config, key) for key in s.marks)
     ]
     if len(told) == 1:
         return told[0]
     names = [spec.name for spec in candidates]
     shared = sorted(set.intersection(*(set(spec.strings) for spec in candidates)))
+    if not shared and all(set(spec.strings) & set(vocabulary) for spec in candidates):
+        why = "it has the tokens of each"
+    else:
+        alike = ", ".join(shared) or "config keys only"
+        why = f"its tokens and config keys are theirs alike ({alike})"
     raise CheckpointError(
-        f"{_name(config)} could be {' or '.join(names)}: its tokens and config keys are theirs "
-        f"alike ({', '.join(shared) or 'config keys only'}), so say which, e.g. "
+        f"{_name(config)} could be {' or '.join(names)}: {why}, so say which, e.g. "
         f"spec=il.FAMILIES[{names[0]!r}]"
     )
+
+
+def _repository(config: Any) -> str:
+    return str(getattr(config, "_name_or_path", ""))
 
 
 def _name(config: Any) -> str:

@@ -8,36 +8,22 @@ so rows of a batch open and close their spans when they like.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import nnsight
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.generation import LogitsProcessorList
 
 from imaginelens.hooks import engine
 from imaginelens.hooks.entries import Chunk
+from imaginelens.hooks.mixture import Mixture
 from imaginelens.hooks.registry import HookRegistry
+from imaginelens.hooks.sampling import Sampler
+from imaginelens.hooks.spans import EndedBy, OpenedBy, SpanRecord, part_of, records, segments
 from imaginelens.hooks.spec import LatentSpec, SpanTokens
 from imaginelens.hooks.tokens import Kind, TokenMap
-
-EndedBy = Literal["close", "cap", "criterion", "budget", "reopened", "length"]
-
-
-@dataclass
-class SpanRecord:
-    """Why one latent span opened and why it ended.
-
-    Attributes:
-        column: of the first latent; -1 if the span closed before it fed any.
-        steps: how many latents were fed.
-    """
-
-    row: int
-    opened_by: Literal["sampled", "forced"]
-    column: int = -1
-    steps: int = 0
-    ended_by: EndedBy = "length"
 
 
 @dataclass
@@ -69,6 +55,7 @@ class LatentLoop:
     _z: torch.Tensor | None = None
     _read: torch.Tensor | None = None  # what the last forward was fed, or would have been
     _open: list[SpanRecord | None] = field(default_factory=list)
+    _calm: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     _positions: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -88,20 +75,29 @@ class LatentLoop:
         """Generate until every row has stopped; the signature is that of `generate`'s samplers."""
         started = time.perf_counter()
         n_rows = len(input_ids)
-        self._open = [None] * n_rows
+        self.spans, self._open = records(self.tokens), [None] * n_rows
+        self._calm = np.zeros(n_rows, dtype=int)
         unfinished = torch.ones(n_rows, dtype=torch.bool, device=input_ids.device)
-        fed = torch.zeros_like(unfinished)
-        sampler = _Sampler(generation_config, self.seed, input_ids.device)
+        sampler = Sampler(generation_config, self.seed, input_ids.device)
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        *earlier, last = segments(self.tokens, self.spec)
+        for columns in earlier:
+            self._forward(model, part_of(inputs, *columns, self.first_inputs), *columns)
+        inputs = part_of(inputs, *last, self.first_inputs) if earlier else inputs
+        start = last[0]
         while True:
-            outputs = self._forward(model, inputs, input_ids, fed)
+            outputs = self._forward(model, inputs, start, input_ids.shape[1])
             kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
             logits = outputs.logits[:, -1]
             if self.keep_logits:
                 self.logits.append(logits.detach().to(copy=True))
             scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
             sampled = torch.where(unfinished, sampler(scores), sampler.pad)
-            token, fed = self._advance(sampled, input_ids, unfinished)
+            if self.spec is not None and isinstance(self.spec.feeds, Mixture):
+                self._mix(self.spec.feeds, logits, logits_processor, input_ids, sampler, model)
+                sampled = torch.where(self._inside(sampled), scores.argmax(-1), sampled)
+            token, fed = self._advance(sampled, input_ids, unfinished, sampler)
+            start = input_ids.shape[1]
             input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
             self._grow(token, fed, unfinished)
             # A row inside a span cannot stop: what it emits there is not text.
@@ -116,20 +112,14 @@ class LatentLoop:
         return input_ids
 
     def _forward(
-        self,
-        model: PreTrainedModel,
-        inputs: dict[str, Any],
-        input_ids: torch.Tensor,
-        fed: torch.Tensor,
+        self, model: PreTrainedModel, inputs: dict[str, Any], start: int, stop: int
     ) -> Any:
-        """Run the model over the columns it has not read yet, latents laid over the embeddings."""
+        """Run the model over columns it has not read yet, latents laid over the embeddings."""
         first = self.forwards == 0
-        width = input_ids.shape[1]
-        start = 0 if first else width - 1
         chunk = Chunk(
             self.tokens,
             start,
-            width,
+            stop,
             has_images=first and bool(self.chunk_base.get("has_images")),
             projector_rows=self.chunk_base.get("projector_rows"),
         )
@@ -141,68 +131,122 @@ class LatentLoop:
         if first:
             inputs.pop("mm_encoder_outputs", None)
             inputs.update(self.first_inputs)
+        laid = self.tokens.kind[:, start:stop] == Kind.LATENT
         outputs = self.registry.run(
             self.wrapped,
             model,
             {**inputs, "return_dict": True},
             chunk,
-            overlay=self._overlay(chunk, fed) if bool(fed.any()) else None,
-            read=read if self._may_feed(input_ids, fed) else None,
-            workers=self._unembedding(fed),
+            overlay=self._overlay(chunk, laid, model) if laid.any() else None,
+            read=read if self._may_feed(chunk, laid) else None,
+            workers=self._unembedding(laid),
         )
         self._read = self._z
         if states and self.spec is not None:
-            h = states[0]
-            self._z = h if self.spec.project is None else self.spec.project(h, fed.to(h.device))
+            h, project = states[0], self.spec.project
+            self._z = (
+                h if project is None else project(h, torch.as_tensor(laid[:, -1]).to(h.device))
+            )
         return outputs
 
-    def _may_feed(self, input_ids: torch.Tensor, fed: torch.Tensor) -> bool:
+    def _may_feed(self, chunk: Chunk, laid: np.ndarray) -> bool:
         """Whether the hidden state of this forward can become the next input of some row."""
-        if self.spec is None or self.span_tokens is None:
+        if self.spec is None or self.span_tokens is None or self.spec.feeds != "state":
             return False
+        if self.spec.trigger == "prompt":
+            return chunk.stop < self.tokens.prompt_width
         # the token sampled now may open a span, or the state may be asked for by the criterion
         if self.spec.slot == "replace" or self.spec.criterion is not None:
             return True
-        return bool((fed | (input_ids[:, -1] == self.span_tokens.open)).any())
+        opened = self.tokens.ids[:, chunk.stop - 1] == self.span_tokens.open
+        return bool((laid[:, -1] | opened).any())
 
-    def _unembedding(self, fed: torch.Tensor) -> list[engine.Worker]:
+    def _unembedding(self, laid: np.ndarray) -> list[engine.Worker]:
         """Where the output head reads the projected state: a worker that gives it that."""
-        if not bool(fed.any()):
+        if not laid.any():
             return []
-        return unembed_projected(self.wrapped, self.registry, self.spec, fed[:, None])
+        last = torch.tensor([laid.shape[1] - 1])
+        return unembed_projected(
+            self.wrapped, self.registry, self.spec, torch.as_tensor(laid), last
+        )
 
-    def _overlay(self, chunk: Chunk, fed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _overlay(
+        self, chunk: Chunk, laid: np.ndarray, model: PreTrainedModel
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Show the states to `hook_latent`, note what is fed, and lay it over the embeddings."""
-        assert self._z is not None  # a row can only be fed after a forward that was read
-        column = chunk.stop - 1
-        z = self.registry.on_latents(self._z[:, None], chunk, np.array([column]))
-        for row in torch.nonzero(fed)[:, 0].tolist():
-            self.fed.append((row, column, z[row, 0].detach().clone()))
-        self._z = z[:, 0]
-        mask = fed[:, None, None]
-        return lambda embeds: torch.where(mask.to(embeds.device), z.to(embeds), embeds)
+        places = np.flatnonzero(laid.any(0))
+        columns = chunk.start + places
+        if self.spec is not None and self.spec.feeds == "embedding":
+            ids = torch.as_tensor(self.tokens.ids[:, columns], device=model.device)
+            z = model.get_input_embeddings()(ids).detach()
+        else:
+            assert self._z is not None  # a row can only be fed after a forward that was read
+            z = self._z[:, None]
+        z = self.registry.on_latents(z, chunk, columns)
+        for row, place in np.argwhere(laid[:, places]).tolist():
+            self.fed.append((row, int(columns[place]), z[row, place].detach().clone()))
+        self._z = z[:, -1]
+        mask = torch.as_tensor(laid[..., None])
+
+        def lay(embeds: torch.Tensor) -> torch.Tensor:
+            spread = torch.zeros_like(embeds)
+            spread[:, places] = z.to(embeds)
+            return torch.where(mask.to(embeds.device), spread, embeds)
+
+        return lay
+
+    def _mix(
+        self,
+        mixture: Mixture,
+        logits: torch.Tensor,
+        processors: Any,
+        input_ids: torch.Tensor,
+        sampler: Sampler,
+        model: PreTrainedModel,
+    ) -> None:
+        """Make the soft token of the next position, and count the steps that were sure of it."""
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # a text that is dictated replaces what is written, not what is imagined
+        own = LogitsProcessorList(p for p in processors if not getattr(p, "dictates", False))
+        self._z = mixture(own(input_ids, exact.clone()), model.get_input_embeddings())
+        calm = np.asarray(mixture.is_calm(exact, sampler.temperature).cpu())
+        self._calm = np.where(calm, self._calm + 1, 0)
+
+    def _inside(self, like: torch.Tensor) -> torch.Tensor:
+        """Which rows are in a span, or about to begin with one: they write their likeliest token,
+        however tokens are sampled elsewhere."""
+        first = self.tokens.width == self.tokens.prompt_width
+        return torch.tensor([first or s is not None for s in self._open], device=like.device)
 
     def _advance(
-        self, sampled: torch.Tensor, input_ids: torch.Tensor, unfinished: torch.Tensor
+        self,
+        sampled: torch.Tensor,
+        input_ids: torch.Tensor,
+        unfinished: torch.Tensor,
+        sampler: Sampler,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move every row's span state by one step: the token to emit, and who is fed a latent."""
         fed = torch.zeros_like(unfinished)
-        if self.spec is None or self.span_tokens is None:
+        if self.spec is None or self.span_tokens is None or self.spec.trigger == "prompt":
             return sampled, fed
         token = sampled.clone()
         ends = self._criterion()
         for row in torch.nonzero(unfinished)[:, 0].tolist():
             token[row], fed[row] = self._advance_row(
-                row, int(sampled[row]), int(input_ids[row, -1]), bool(ends[row])
+                row, int(sampled[row]), int(input_ids[row, -1]), bool(ends[row]), sampler.ends
             )
         return token, fed
 
     def _criterion(self) -> np.ndarray:
+        if self.spec is not None and isinstance(self.spec.feeds, Mixture):
+            return self._calm >= self.spec.feeds.patience
         if self.spec is None or self.spec.criterion is None or self._read is None:
             return np.zeros(len(self._open), dtype=bool)
         return np.asarray(self.spec.criterion(self._read).cpu(), dtype=bool)
 
-    def _advance_row(self, row: int, token: int, last: int, criterion: bool) -> tuple[int, bool]:
+    def _advance_row(
+        self, row: int, token: int, last: int, criterion: bool, text_ends: frozenset[int]
+    ) -> tuple[int, bool]:
         spec, ids = self.spec, self.span_tokens
         assert spec is not None
         assert ids is not None
@@ -215,22 +259,33 @@ class LatentLoop:
                 token = ids.open
             opened = token if spec.slot == "replace" else last
             opening = opened == ids.open and not (spec.slot == "replace" and self._spent(row))
+            if spec.trigger == "always":
+                opening = step == 0
             if not opening:
                 return token, False
             before = spec.trigger == "forced" and step - (spec.slot == "after") == spec.forced_at
-            span = self._open[row] = SpanRecord(row, "forced" if before else "sampled")
+            by: OpenedBy = "forced" if before else "sampled"
+            span = self._open[row] = SpanRecord(row, "always" if spec.trigger == "always" else by)
             self.spans.append(span)
-        ended = self._ended(row, span, token, criterion)
+        ended = self._ended(row, span, token, criterion, text_ends)
         if ended is not None and not (opening and spec.slot == "replace"):
             span.ended_by = ended
             self._open[row] = None
-            return (ids.close if spec.force_close and ended != "reopened" else token), False
+            stays = ended in ("reopened", "end of text") or not spec.force_close
+            return (token if stays else ids.close), False
         span.column = self.tokens.width if span.column < 0 else span.column
         span.steps += 1
         keeps_id = spec.emit == "sampled" or (opening and spec.slot == "replace")
         return (token if keeps_id else ids.pad), True
 
-    def _ended(self, row: int, span: SpanRecord, token: int, criterion: bool) -> EndedBy | None:
+    def _ended(
+        self,
+        row: int,
+        span: SpanRecord,
+        token: int,
+        criterion: bool,
+        text_ends: frozenset[int],
+    ) -> EndedBy | None:
         assert self.spec is not None
         assert self.span_tokens is not None
         if self.spec.reopens and not self.spec.fixed and token == self.span_tokens.open:
@@ -246,6 +301,9 @@ class LatentLoop:
             return "criterion"
         if token == self.span_tokens.close and not self.spec.fixed:
             return "close"
+        # inside a mixture the likeliest token is text, which may end
+        if isinstance(self.spec.feeds, Mixture) and token in text_ends and not self.spec.fixed:
+            return "end of text"
         return None
 
     def _spent(self, row: int) -> bool:
@@ -298,19 +356,3 @@ def unembed_projected(
         return project(act, mask.to(act.device))
 
     return [engine.visit(wrapped, registry["unembed.hook_out"].path, "input", put)]
-
-
-class _Sampler:
-    """Greedy, or multinomial from a private generator, as `generation_config` says."""
-
-    def __init__(self, config: Any, seed: int | None, device: torch.device) -> None:
-        self.do_sample = bool(config.do_sample)
-        pad = config._pad_token_tensor
-        self.pad = torch.tensor(0, device=device) if pad is None else pad.to(device)
-        self.generator = torch.Generator(device).manual_seed(0 if seed is None else seed)
-
-    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
-        if not self.do_sample:
-            return scores.argmax(dim=-1)
-        probabilities = torch.softmax(scores, dim=-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]

@@ -122,6 +122,14 @@ def _layout(columns: np.ndarray, images: list[list[Tile]], frames: list[Box | No
             cells.append(where)
             boxes.append(_in_pixels(shown, frame))
     n = len(columns)
+    if n and sum(map(len, cells)) != n:  # tokens between the cells that nothing tells of
+        return Layout(
+            columns,
+            np.zeros(n, dtype=int),
+            np.full((n, 2), -1),
+            np.full((n, 4), np.nan),
+            (ImageGrid(0, 0),),
+        )
     return Layout(
         columns,
         np.concatenate(image)[:n],

@@ -1,10 +1,11 @@
-"""Weights that a checkpoint holds beside its model: LVR's heads and its learned end of a span.
+"""Weights that a checkpoint holds beside its model: heads of LVR and CODI, LVR's learned end.
 
 transformers loads the model and leaves these aside. They are read from the safetensors files here,
 into modules of ours, so that no code of a checkpoint is ever run.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,18 @@ class OnLatents:
 
 
 @dataclass(frozen=True, eq=False)
+class OnAll:
+    """Applies a head to every state that is fed back, the first of a span included (CODI)."""
+
+    head: nn.Module
+
+    def __call__(
+        self, h: Float[torch.Tensor, "*cell d_model"], is_latent: Bool[torch.Tensor, "*cell"]
+    ) -> torch.Tensor:
+        return self.head(h)
+
+
+@dataclass(frozen=True, eq=False)
 class NearTo:
     """Whether a state is near a learned one: mean squared difference below a threshold."""
 
@@ -74,6 +87,18 @@ class NearTo:
 
     def __call__(self, h: Float[torch.Tensor, "row d_model"]) -> torch.Tensor:
         return (h - self.target.to(h)).square().mean(-1) < self.threshold
+
+
+def _projection(own: Mapping[str, torch.Tensor]) -> nn.Module:
+    """CODI's `prj` (src/model.py): linear, GELU, linear and, unless it was left out, a norm. The
+    dropout that comes first in its numbering has no weights."""
+    d_mlp, d_model = own["1.weight"].shape
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    parts["1"], parts["2"] = nn.Linear(d_model, d_mlp), nn.GELU()
+    parts["3"] = nn.Linear(d_mlp, d_model)
+    if "ln.weight" in own:
+        parts["ln"] = nn.LayerNorm(d_model)
+    return nn.Sequential(parts)
 
 
 def build_head(
@@ -91,12 +116,14 @@ def build_head(
         head = GatedHead(d_model, d_mlp, activation)
     elif "ln_q.weight" in own:
         head = SimpleHead(len(own["ln_q.weight"]))
+    elif "1.weight" in own:
+        head = _projection(own)
     else:
         raise CheckpointError(
             f"the config asks for a head {prefix}* and the weights hold "
             f"{', '.join(sorted(own)) or 'none'}; expected {prefix}ln_q, {prefix}mlp (simple) or "
-            f"{prefix}gate_proj, {prefix}up_proj, {prefix}down_proj (glu), so open the folder "
-            "that training wrote with il.load"
+            f"{prefix}gate_proj, {prefix}up_proj, {prefix}down_proj (glu) or {prefix}1, {prefix}3, "
+            f"{prefix}ln (codi), so open the folder that training wrote with il.load"
         )
     like = next(iter(own.values()))
     head = head.to(like.device, like.dtype).eval().requires_grad_(False)
@@ -118,6 +145,15 @@ def read_extras(
             for name in weights.keys():
                 if name.startswith(tuple(names)):
                     found[name] = weights.get_tensor(name)
+    return found
+
+
+def weight_names(folder_or_id: str | Path, *, revision: str | None = None) -> list[str]:
+    """The names of all weights of a checkpoint's safetensors."""
+    found: list[str] = []
+    for file in _weight_files(folder_or_id, revision):
+        with safe_open(file, framework="pt") as weights:
+            found += weights.keys()
     return found
 
 

@@ -23,6 +23,8 @@ class Landing:
         flags: rows that the last run did not change, and why: the row, or its donor, had no such
             position (`not_emitted`), or the new state equals the old one (`identical_donor`).
         donorless: rows of the last run that were left alone because their donor has no state.
+        edges: how many (layer, query, key) edges of attention were cut by a knockout, or led some
+            readers to an edited key or value.
     """
 
     edit: str
@@ -32,6 +34,7 @@ class Landing:
     cells: list[tuple[int, int, str, float]] = field(default_factory=list)
     flags: dict[int, Flag] = field(default_factory=dict)
     donorless: set[int] = field(default_factory=set)
+    edges: int = 0
     _call: list[tuple[int, bool]] = field(default_factory=list)
     _forward: object = None
 
@@ -54,10 +57,11 @@ class Landing:
 
     def __repr__(self) -> str:
         flags = f", flags {self.flags}" if self.flags else ""
+        edges = f", {self.edges} edges" if self.edges else ""
         return (
             f"Landing({self.edit} at {self.at} of {', '.join(self.sites[:3])}: fired in "
             f"{self.fired} forwards, {len(self.cells)} cells in {len(self.rows)} rows, relative "
-            f"change {self.relative_change:.3g}{flags})"
+            f"change {self.relative_change:.3g}{edges}{flags})"
         )
 
     def record(

@@ -1,5 +1,8 @@
 """Opening a checkpoint from a folder or the Hub, or saying what is wrong with it."""
 
+import importlib.util
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,24 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Open the model of a checkpoint, from safetensors only.
+    """Open the model of a checkpoint, from safetensors only. Adapters (LoRA, by peft) are merged
+    into the model they were trained on.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint, or holds no multimodal model.
+        CheckpointError: the folder is not a checkpoint, or holds no multimodal model, or not all of
+            its weights; or a package is missing that its weights need.
     """
-    _check_folder(name)
+    check_folder(name)
+    adapted = adapts(name)
+    if adapted is not None:
+        base = load_model(
+            adapted,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        return _merged(base, name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -42,17 +57,107 @@ def load_model(
             f"{name!s} is a {config.model_type!r} model, which transformers does not list as "
             "image-text-to-text; instantiate it yourself and pass it to il.LatentModel(model)"
         )
-    return auto.from_pretrained(
-        name,
-        dtype=dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,  # never a pickle
-        **options,
+    try:
+        model, info = auto.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+            **options,
+        )
+    except ImportError as error:
+        raise CheckpointError(_needs(name, config, error)) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name!s} has weights of other sizes than its config.json says "
+            f"({_embedding_rows(config)} rows of token embeddings), as after a resize of the "
+            "vocabulary that was not saved with the config; correct vocab_size there"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name!s} lacks {len(missing)} weights of its {type(model).__name__}, the first is "
+            f"{missing[0]!r}; save it with model.save_pretrained(folder)"
+        )
+    return model
+
+
+def adapts(name: str | Path) -> str | None:
+    """The model that a folder of adapters was trained on; None if the folder holds a model.
+
+    Raises:
+        CheckpointError: peft is missing, or the adapters do not say what they adapt.
+    """
+    path = Path(name)
+    if not (path / "adapter_config.json").is_file() or _has_model(path):
+        return None
+    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(
+            f"{name!s} holds adapters and does not say of which model; write its folder or Hub id "
+            "into adapter_config.json as base_model_name_or_path"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise CheckpointError(
+            f"{name!s} holds adapters of {base!r}, and peft, which merges them, is missing: "
+            "pip install peft; or merge them yourself and save the model"
+        )
+    return str(base)
+
+
+def processor_home(name: str | Path) -> str | Path:
+    """Where a checkpoint's processor lies: adapters may leave it with their model."""
+    adapted = adapts(name)
+    if adapted is None or (Path(name) / "processor_config.json").is_file():
+        return name
+    return adapted
+
+
+def _merged(base: PreTrainedModel, name: str | Path) -> PreTrainedModel:
+    from peft import PeftModel
+
+    try:
+        model: PreTrainedModel = PeftModel.from_pretrained(base, str(name)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"the adapters of {name!s} do not fit {type(base).__name__}: {first}"
+        ) from error
+    return model
+
+
+def _needs(name: str | Path, config: Any, error: ImportError) -> str:
+    """What is missing for weights that are stored in another way."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) else vars(stored) if stored else {}
+    method = stored.get("quant_method")
+    method = str(getattr(method, "value", method))
+    if not stored:
+        return f"{name!s} cannot be opened: {str(error).strip().splitlines()[0]}"
+    told = re.search(r"pip install (?:-U )?([\w.-]+)", str(error))
+    package = told[1] if told else method
+    return (
+        f"{name!s} is quantised with {method}, which needs a package: pip install {package}; or "
+        "open a checkpoint that is not quantised"
     )
 
 
-def _check_folder(name: str | Path) -> None:
+def _embedding_rows(config: Any) -> Any:
+    return getattr(config.get_text_config(decoder=True), "vocab_size", "unknown")
+
+
+def _has_model(path: Path) -> bool:
+    """Whether a folder holds a whole model's weights, not adapters alone."""
+    files = [p.name for p in path.glob("*.safetensors*")]
+    return any(not n.startswith("adapter_") for n in files)
+
+
+def check_folder(name: str | Path) -> None:
+    """Refuse what is neither a checkpoint's folder nor a Hub id, and say what it is."""
     path = Path(name)
     if path.is_file():
         raise CheckpointError(f"{name!s} is a file, expected a checkpoint folder or a Hub id")
@@ -68,6 +173,8 @@ def _check_folder(name: str | Path) -> None:
             )
         return
     held = sorted(p.name for p in path.iterdir())
+    if "adapter_config.json" in held and not _has_model(path):
+        return
     if "config.json" not in held:
         shown = ", ".join(held[:5]) or "nothing"
         raise CheckpointError(

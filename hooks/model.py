@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -22,19 +23,31 @@ from transformers.generation import (
 from imaginelens.hooks import answers, engine
 from imaginelens.hooks import positions as select
 from imaginelens.hooks.answers import AnswerFinder
+from imaginelens.hooks.behaviour import find_behaviour
+from imaginelens.hooks.bytoken import by_token
 from imaginelens.hooks.cache import ActivationCache
 from imaginelens.hooks.describe import Description, describe
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import CaptureEntry, Chunk, HookEntry
 from imaginelens.hooks.errors import InputError
-from imaginelens.hooks.families import Family, equipped, family_of, family_on_disk
+from imaginelens.hooks.families import (
+    Family,
+    check_rows,
+    equipped,
+    family_of,
+    family_on_disk,
+    named,
+    note,
+)
 from imaginelens.hooks.generate import LatentLoop, unembed_projected
 from imaginelens.hooks.grid import lay_out
+from imaginelens.hooks.inputs import InputEdit
 from imaginelens.hooks.landing import Landing
-from imaginelens.hooks.loading import load_model
+from imaginelens.hooks.loading import adapts, load_model, processor_home
 from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
+from imaginelens.hooks.pixels import PixelEdit, edit_pixels
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
@@ -44,10 +57,14 @@ from imaginelens.hooks.rewriting import ForcedText, OwnLimit, Speller, as_writte
 from imaginelens.hooks.run import Run, assemble, finish, wanted_while_generating
 from imaginelens.hooks.script import Script, script_of
 from imaginelens.hooks.sites import find_sites
+from imaginelens.hooks.spans import mark_placeholders, without_latents
 from imaginelens.hooks.spec import Force, LatentSpec, Skip
 from imaginelens.hooks.structure import find_structure
 from imaginelens.hooks.textedits import TextEntry, edit_entry
+from imaginelens.hooks.textmodels import text_checkpoint
+from imaginelens.hooks.textspans import TextSpec
 from imaginelens.hooks.tokens import Kind, TokenMap, map_prompt
+from imaginelens.hooks.vocabspans import VocabSpec, states_of_words, without_feedback
 
 Hooks = Sequence[tuple[NamesFilter, Callable[..., torch.Tensor | None]]]
 DEFAULT_POSITIONS = (select.latent, select.answer)
@@ -59,22 +76,24 @@ class LatentModel:
     Args:
         model: an instantiated Hugging Face model; it is wrapped, never changed.
         processor: its processor; without one only encoded inputs are taken.
-        spec: how the family writes latent tokens (`il.LatentSpec`) or imagines in words
-            (`il.TextSpec`); None recognises it, `False` means neither.
+        spec: how the family feeds latents back (`il.LatentSpec`), writes them as tokens
+            (`il.VocabSpec`) or imagines in words (`il.TextSpec`), or the name of an entry of
+            `il.FAMILIES`; None recognises it, `False` is no family.
         answer: finds the answer in what the model wrote: a function of `il.answers`, or a callable
             from text to text; None is the family's own way, or all that was written.
 
     Attributes:
-        family: how it imagines; `spec` is the same for a family of latent tokens, or else None.
+        family: how it imagines; `spec` is the same if it feeds latents back, or else None.
         registry: every site by name, and what is active on it.
         structure: where the parts of the model are.
+        behaviour: what it does beyond a plain causal decoder.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         processor: Any = None,
-        spec: Family | Literal[False] | None = None,
+        spec: Family | str | Literal[False] | None = None,
         *,
         answer: Callable[[str], Any] | None = None,
     ) -> None:
@@ -82,8 +101,9 @@ class LatentModel:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.structure = find_structure(model)
-        found = family_of(model.config, self.tokenizer) if spec is None else spec
+        found = family_of(model.config, self.tokenizer) if spec is None else named(spec)
         self.family: Family | None = found or None
+        note(self.family)
         self.spec: LatentSpec | None = (
             equipped(found, model) if isinstance(found, LatentSpec) else None
         )
@@ -91,11 +111,17 @@ class LatentModel:
             None if self.spec is None else self.spec.resolve(self.tokenizer, model.config)
         )
         usual = None if self.family is None else self.family.answer
-        strays = () if self.spec is None else self.spec.strings
+        words = self.family if isinstance(self.family, VocabSpec) else None
+        self._spoken = {} if words is None else words.resolve(self.tokenizer)
+        if self.family is not None:
+            own = vars(self.span_tokens).values() if self.span_tokens is not None else self._spoken
+            check_rows(self.family, tuple(own), model)
+        strays = () if isinstance(self.family, TextSpec | None) else self.family.strings
         finder = answers.from_callable(answer or usual or answers.tail)
         self.find_answer: AnswerFinder = answers.without(finder, strays)
-        self.registry = HookRegistry(find_sites(model, self.structure))
-        self._stateful = [m for m in model.modules() if "rope_deltas" in vars(m)]
+        table = find_sites(model, self.structure)
+        self.registry = HookRegistry(table if words is None else without_feedback(table, words))
+        self.behaviour = find_behaviour(model, len(self.structure.blocks))
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.nnsight = nnsight.NNsight(model)
 
@@ -104,7 +130,7 @@ class LatentModel:
         cls,
         name: str | Path,
         *,
-        spec: Family | Literal[False] | None = None,
+        spec: Family | str | Literal[False] | None = None,
         answer: Callable[[str], Any] | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
@@ -118,16 +144,18 @@ class LatentModel:
             CheckpointError: the folder is not a checkpoint, holds no multimodal model, or a latent
                 family that is ambiguous or incomplete.
         """
-        model = load_model(
-            name,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        processor = load_processor(name, revision=revision, trust_remote_code=trust_remote_code)
-        family = family_on_disk(name, model, processor, spec, revision=revision)
+        spec = None if spec is None else named(spec)
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options = {
+            "dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation,
+        }  # fmt: skip
+        text = text_checkpoint(name, spec, **source)
+        if text is None:
+            model = load_model(name, **options, **source)
+            processor = load_processor(processor_home(name), **source)
+        else:
+            model, processor, spec = text.load(**options, **source), text.tokenizer, text.family
+        family = family_on_disk(adapts(name) or name, model, processor, spec, revision=revision)
         return cls(model.eval(), processor, family or False, answer=answer)
 
     # ---- running ----------------------------------------------------------------------------
@@ -192,7 +220,8 @@ class LatentModel:
 
     def tokens(self, inputs: Any) -> TokenMap:
         """Map the positions of a prompt without running the model."""
-        return self._map(inputs if isinstance(inputs, Prompt) else self.prompt(inputs))
+        prompt = inputs if isinstance(inputs, Prompt) else self.prompt(inputs)
+        return self._marked(prompt, self.spec)
 
     def _generate(
         self,
@@ -269,6 +298,12 @@ class LatentModel:
         forced: ForcedText | None = None,
     ) -> Run:
         """Generate once, with what is `forced` written first."""
+        words = self.family if isinstance(self.family, VocabSpec) else None
+        if words is not None and isinstance(latents, Force):
+            raise InputError(
+                f"il.Force({latents.steps}) feeds states back, and {words.name} writes its latents "
+                "as tokens; put them into the prompt, or force them with a logits_processor"
+            )
         spec = self.spec if latents is None else latents.applied_to(self.spec)
         options = dict(generation or {})
         processors = list(options.get("logits_processor") or [])
@@ -282,12 +317,13 @@ class LatentModel:
             options["logits_processor"] = LogitsProcessorList(processors)
         capture = self._capture(names_filter, wanted_while_generating(positions))
         config = self._generation_config(max_new_tokens, options)
-        scope = self.registry.scope([] if capture is None else [capture])
-        with torch.no_grad(), engine.untouched(self._stateful), scope:
+        said = None if words is None else states_of_words(words)
+        scope = self.registry.scope([entry for entry in (capture, said) if entry is not None])
+        with torch.no_grad(), engine.untouched(self._remembering), scope:
             loop = LatentLoop(
                 self.nnsight,
                 self.registry,
-                replace(self._map(prompt), final=False),
+                replace(self._marked(prompt, spec), final=False),
                 self._chunk_base(prompt),
                 prompt.vision_inputs,
                 spec,
@@ -296,9 +332,15 @@ class LatentModel:
                 keep_logits,
             )
             inputs = {k: v for k, v in prompt.inputs.items() if k not in PIXELS}
-            sequences = self.model.generate(
-                **inputs, **options, generation_config=config, custom_generate=loop.__call__
-            )
+            # not the class's own: some drop the logits processors, and with them Skip and Force
+            with by_token(self.model, prompt.inputs):
+                sequences = GenerationMixin.generate(
+                    self.model,
+                    **inputs,
+                    **options,
+                    generation_config=config,
+                    custom_generate=loop.__call__,
+                )
         run = finish(
             loop,
             sequences,
@@ -310,6 +352,7 @@ class LatentModel:
             torch.empty(
                 0, self.structure.d_model, dtype=self.model.dtype, device=self.model.device
             ),
+            said,
         )
         how = (max_new_tokens, latents, generation, seed, keep_logits)
         return replace(run, options=how, acted=self.registry.acting("hook_latent"))
@@ -325,6 +368,11 @@ class LatentModel:
         config.do_sample = False
         for name in [n for n in options if hasattr(config, n)]:
             setattr(config, name, options.pop(name))
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise InputError(
+                f"max_new_tokens is {max_new_tokens}, expected 1 or more; to read a prompt without "
+                "writing, use lens.run_with_cache(prompt)"
+            )
         if max_new_tokens is not None or config.max_new_tokens is None:
             config.max_new_tokens = max_new_tokens or 256
         config.max_length = None
@@ -335,7 +383,10 @@ class LatentModel:
 
     def _without_open(self) -> list[LogitsProcessor]:
         """What keeps the open token from being sampled."""
-        if self.span_tokens is None:
+        if isinstance(self.family, VocabSpec):
+            never = self.family.suppressed(self.tokenizer)
+            return [SuppressTokensLogitsProcessor(never, device=str(self.model.device))]
+        if self.span_tokens is None or self.span_tokens.open < 0:
             return []
         return [
             SuppressTokensLogitsProcessor([self.span_tokens.open], device=str(self.model.device))
@@ -414,16 +465,28 @@ class LatentModel:
 
     @contextmanager
     def edit(
-        self, edit: Edit, *, at: Positions, site: NamesFilter = "hook_latent"
+        self,
+        edit: Edit,
+        *,
+        at: Positions,
+        site: NamesFilter = "hook_latent",
+        heads: Sequence[int] | None = None,
+        readers: Positions | None = None,
     ) -> Iterator[Landing]:
         """Make an edit active for a block; yields its landing, the proof of what it did.
+
+        Args:
+            heads: at sites with heads, such as `blocks.0.attn.hook_rot_k`, those it edits.
+            readers: at `hook_rot_k` and `hook_v`, who reads the edited key or value, as if it had
+                been edited in the cache before they came; the others, and each position itself,
+                read the own. None: everyone does.
 
         Raises:
             EditTouchedNothing: a run inside the block did not reach any position, or changed none.
         """
         check_arguments(edit=edit, at=at)
         sites = tuple(self.registry.match(site))
-        entry = edit_entry(edit, at, sites)
+        entry = edit_entry(edit, at, sites, heads=heads, readers=readers)
         with self.registry.scope([entry]):
             yield entry.landing
 
@@ -438,6 +501,8 @@ class LatentModel:
         context: Context = "free",
         base_answers: str | Sequence[str] | None = None,
         source_answers: str | Sequence[str | None] | None = None,
+        heads: Sequence[int] | None = None,
+        readers: Positions | None = None,
     ) -> PatchResult:
         """Run the base with the source's states at a site: how far does the answer move?
 
@@ -454,6 +519,8 @@ class LatentModel:
             context=context,
             base_answers=base_answers,
             source_answers=source_answers,
+            heads=heads,
+            readers=readers,
         )
 
     def swap(
@@ -489,6 +556,8 @@ class LatentModel:
         metric: Metric = log_prob,
         context: Context = "free",
         answers: str | Sequence[str] | None = None,
+        heads: Sequence[int] | None = None,
+        readers: Positions | None = None,
     ) -> PatchResult:
         """Run inputs with their states replaced by an edit: does the answer need them?
 
@@ -503,7 +572,36 @@ class LatentModel:
             metric=metric,
             context=context,
             answers=answers,
+            heads=heads,
+            readers=readers,
         )
+
+    def edit_pixels(
+        self, example: Any, edit: InputEdit, *, at: Positions = select.image, seed: int = 0
+    ) -> PixelEdit:
+        """Edit the pixels that some image tokens of one input see, before the processor runs.
+
+        Args:
+            example: `{"images": ..., "text": ...}`; it stays as it is.
+            edit: `il.BlankImage()` (the picture's mean colour), `il.BlankImage(colour)`,
+                `il.BlurImage(radius)` or `il.NoiseImage(scale)`.
+            at: whose pixels, such as `il.image[0][3:6, 2:9]`.
+            seed: of noise.
+
+        Returns:
+            The new input as `.example`, with the record of what was changed.
+
+        Raises:
+            InputError: the edit cannot be kept to cells, or the pixels of a cell are not known.
+            EditTouchedNothing: every pixel is as it was.
+
+        >>> import imaginelens as il
+        >>> lens = il.load("latent-content")
+        >>> example = lens.task(n=1, seed=0).base[0]
+        >>> lens.edit_pixels(example, il.BlankImage((9, 9, 9)), at=il.image[0][1, 0:2])
+        PixelEdit(BlankImage(colour=(9, 9, 9)), seed 0, in 2 cells: 100% of their pixels changed...
+        """
+        return edit_pixels(self, example, edit, at=at, seed=seed)
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -547,9 +645,9 @@ class LatentModel:
             self.registry.judge(len(inputs), str(inputs.trigger), inputs.acted)
             return script.tokens, logits
         prompt = inputs if isinstance(inputs, Prompt) else self.prompt(inputs)
-        tokens = self._map(prompt)
+        tokens = without_latents(self.tokens(prompt))
         chunk = Chunk(tokens, 0, tokens.width, **self._chunk_base(prompt))
-        with engine.untouched(self._stateful):
+        with engine.untouched(self._remembering):
             inputs = {**prompt.inputs, **self._positions(prompt), "use_cache": False}
             outputs = self.registry.run(self.nnsight, self.model, inputs, chunk)
         self.registry.judge(len(prompt), "a prompt alone holds no latents and no answer")
@@ -557,13 +655,13 @@ class LatentModel:
 
     def script(self, run: Run, endings: Sequence[Sequence[int]] | None = None) -> Script:
         """A run as one teacher-forced sequence; `endings` replace each row's answer by tokens."""
-        filler = self.span_tokens.pad if self.span_tokens is not None else 0
+        filler = 0 if self.span_tokens is None else max(self.span_tokens.pad, 0)
         return script_of(
             run,
             embedding=self.model.get_input_embeddings(),
             filler=filler,
             image_token_id=self.structure.image_token_id,
-            prefix_lm=self.structure.prefix_lm,
+            written_type=self.behaviour.written_type,
             endings=endings,
         )
 
@@ -581,7 +679,7 @@ class LatentModel:
         """Logits of a script at some columns (None: all), as hooks are now; what has `acted` on
         the run's latents when they were fed does not act on them again."""
         tokens = script.tokens
-        has_images = any(k.startswith("pixel") for k in script.inputs)
+        has_images = any(name in script.inputs for name in PIXELS)
         chunk = Chunk(tokens, 0, tokens.width, has_images, self._projector_rows(script.inputs))
         columns_read = np.arange(tokens.width)
         embeds = self.registry.on_latents(script.embeds, chunk, columns_read, acted)
@@ -592,7 +690,7 @@ class LatentModel:
         overlay = None
         if bool(script.laid.any()):
             overlay = lambda own: torch.where(mask, embeds.to(own), own)  # noqa: E731
-        with engine.untouched(self._stateful):
+        with engine.untouched(self._remembering):
             outputs = self.registry.run(
                 self.nnsight,
                 self.model,
@@ -617,7 +715,13 @@ class LatentModel:
 
     def describe(self) -> Description:
         """What this model is to the library: family, sites, grid rule, and what is missing."""
-        return describe(self.model, self.structure, self.registry.table, self.spec or self.family)
+        return describe(
+            self.model,
+            self.structure,
+            self.behaviour,
+            self.registry.table,
+            self.spec or self.family,
+        )
 
     def estimate_bytes(
         self, names_filter: NamesFilter, *, n_examples: int, n_positions: int
@@ -633,6 +737,9 @@ class LatentModel:
         site = self.registry[name]
         if site.kind.slot == "pattern":
             return self.structure.n_heads * n_positions
+        if site.kind.slot in ("rot_q", "rot_k"):
+            part = site.name.replace("hook_rot_", "hook_")
+            return self._state_size(part, 1) if part in self.registry else self.structure.d_model
         module = self.model.get_submodule(site.path)
         if isinstance(module, torch.nn.Linear):
             return module.in_features if site.kind.slot == "input" else module.out_features
@@ -650,6 +757,10 @@ class LatentModel:
             return None
         return CaptureEntry(tuple(self.registry.match(names_filter)), wanted, device)
 
+    @property
+    def _remembering(self) -> list[torch.nn.Module]:
+        return [self.model.get_submodule(path) for path in self.behaviour.remembers]
+
     def _map(self, prompt: Prompt) -> TokenMap:
         ids = prompt.inputs["input_ids"].cpu().numpy()
         layouts = lay_out(
@@ -660,15 +771,22 @@ class LatentModel:
             self.structure.image_token_id,
             prompt.pictures,
         )
-        return map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer, prompt.keys)
+        tokens = map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer, prompt.keys)
+        tokens = tokens.speaking(self._spoken)
+        span = self.span_tokens
+        return tokens if span is None else replace(tokens, markers=(span.open, span.close))
+
+    def _marked(self, prompt: Prompt, spec: LatentSpec | None) -> TokenMap:
+        """The map of a prompt, with the placeholders of a family that has them there."""
+        return mark_placeholders(self._map(prompt), spec, self.span_tokens, self.behaviour)
 
     def _positions(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """Explicit positions, so that padding is not counted. Models with multi-axis positions
         count from their token types instead."""
-        if not self._takes_positions or hasattr(self.model.base_model, "get_rope_index"):
+        if not self._takes_positions or self.behaviour.mrope:
             return {}
         positions = (prompt.mask.long().cumsum(-1) - 1).clamp_min(0)
-        return {"position_ids": positions + int(self.structure.prefix_lm)}
+        return {"position_ids": positions + self.behaviour.first_position}
 
     def _chunk_base(self, prompt: Prompt) -> dict[str, Any]:
         return {
@@ -694,7 +812,8 @@ class LatentModel:
         return np.asarray(torch.argsort(index).cpu())
 
     def __repr__(self) -> str:
-        family = "no latents" if self.spec is None else f"latents as {self.spec.name}"
+        own = None if isinstance(self.family, TextSpec) else self.family
+        family = "no latents" if own is None else f"latents as {own.name}"
         return (
             f"{type(self).__name__}({type(self.model).__name__}, "
             f"{len(self.structure.blocks)} layers, d_model {self.structure.d_model}, {family}, "

@@ -9,7 +9,7 @@ from imaginelens.hooks.errors import HookNameError
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
-_IN_ATTENTION = ("q", "k", "v", "z", "pattern")
+_IN_ATTENTION = ("q", "k", "v", "z", "rot_q", "rot_k", "pattern")
 _IN_MLP = ("pre", "post")
 _ALIASES = {
     "attn": "pattern",

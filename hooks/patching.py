@@ -97,6 +97,8 @@ def patch(
     context: Context,
     base_answers: str | Sequence[str] | None = None,
     source_answers: str | Sequence[str | None] | None = None,
+    heads: Sequence[int] | None = None,
+    readers: Positions | None = None,
 ) -> PatchResult:
     """Run the base with the source's states at some sites and positions (denoising)."""
     check_arguments(at=at, metric=metric)
@@ -114,6 +116,8 @@ def patch(
         context,
         base_answers=_answers(base_answers, base_run),
         source_answers=answers,
+        heads=heads,
+        readers=readers,
     )
 
 
@@ -127,6 +131,8 @@ def ablate(
     metric: Metric,
     context: Context,
     answers: str | Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
+    readers: Positions | None = None,
 ) -> PatchResult:
     """Run one input, or a batch, with its states replaced by an edit.
 
@@ -142,7 +148,8 @@ def ablate(
     results = [
         edited(
             lens, run, edit, sites, at, metric, context,
-            base_answers=wanted, source_answers=[None] * len(run), draw=draw,
+            base_answers=wanted, source_answers=[None] * len(run), draw=draw, heads=heads,
+            readers=readers,
         )
         for draw in range(draws)
     ]  # fmt: skip
@@ -164,6 +171,8 @@ def edited(
     base_answers: Sequence[str | None],
     source_answers: Sequence[str | None],
     draw: int = 0,
+    heads: Sequence[int] | None = None,
+    readers: Positions | None = None,
     targets: Targets | None = None,
     compared_to: Readout | None = None,
 ) -> PatchResult:
@@ -194,7 +203,7 @@ def edited(
     metric.check(targets)
     before = lens.read_answer(run, targets, unedited=compared_to, free=context == "free")
     compared = before if compared_to is None else compared_to
-    entry = edit_entry(edit, at, sites, draw=draw)
+    entry = edit_entry(edit, at, sites, draw=draw, heads=heads, readers=readers)
     new: Run | None = None
     if isinstance(entry, TextEntry):
         entry.begin()
@@ -229,7 +238,9 @@ def _read_again(
     """Read the answer of a run made under an edit. Its latents already are what the edit made of
     them; edits at modules act once more, on a landing of their own."""
     sites = tuple(s for s in entry.sites if s != "hook_latent")
-    again = EditEntry(sites, entry.edit, entry.at, Landing("", "", sites), entry.draw)
+    again = EditEntry(
+        sites, entry.edit, entry.at, Landing("", "", sites), entry.draw, entry.heads, entry.readers
+    )
     with lens.registry.scope([again] if sites else []):
         return lens.read_answer(run, targets, unedited=before, free=True)
 

@@ -5,7 +5,7 @@ A selector is a frozen value. It resolves against one row of a `TokenMap` to sor
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,14 +18,43 @@ Index = int | slice | None
 class Positions:
     """What every selector can do: say which columns of a row it means."""
 
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether it resolves only once the run is complete."""
+        return False
+
     def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
         """The sorted columns of one row; empty where the row has no such position (yet)."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it resolves")
 
+    def __or__(self, other: "Positions") -> "EitherPositions":
+        """Select what either selects, as in `il.latent | il.markers`."""
+        return EitherPositions(self, other)
+
+
+@dataclass(frozen=True, repr=False)
+class EitherPositions(Positions):
+    """What one selector or the other selects, as `il.latent | il.markers`."""
+
+    one: Positions
+    other: Positions
+
+    @property
+    def awaits_answer(self) -> bool:
+        return self.one.awaits_answer or self.other.awaits_answer
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        found = [selector.resolve(tokens, row) for selector in (self.one, self.other)]
+        return np.unique(np.concatenate(found)).astype(int)
+
+    def __repr__(self) -> str:
+        return f"{self.one!r} | {self.other!r}"
+
 
 @dataclass(frozen=True)
 class LatentPositions(Positions):
-    """Latent steps: positions whose input is a fed-back state. Index them like a list.
+    """Latent steps: positions whose input is a fed-back state, or, in families that write their
+    latents as tokens, those tokens. Index them like a list.
 
     Without a span, steps count over all spans of the run.
     """
@@ -37,7 +66,7 @@ class LatentPositions(Positions):
         return LatentPositions(self.span, index)
 
     def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
-        columns = tokens.columns(row, Kind.LATENT)
+        columns = tokens.latents(row)
         if self.span is not None:
             columns = columns[tokens.span[row, columns] == self.span]
         return _take(columns, self.index, tokens, self)
@@ -58,12 +87,46 @@ class Span:
         """The steps of this span, counted from its own beginning."""
         return LatentPositions(self.number)
 
+    @property
+    def open(self) -> "MarkerPositions":
+        """The token that opens this span. Where the first latent takes its slot
+        (`slot="replace"`), its embedding is never read: the position is `latent[0]`."""
+        return MarkerPositions(self.number, "open")
+
+    @property
+    def close(self) -> "MarkerPositions":
+        """The token that closes this span; none where it ended without one."""
+        return MarkerPositions(self.number, "close")
+
 
 class Spans:
     """The latent spans of a run; index them: `il.span[0].latent[1]`."""
 
     def __getitem__(self, number: int) -> Span:
         return Span(number)
+
+
+@dataclass(frozen=True)
+class MarkerPositions(Positions):
+    """The tokens that open and close latent spans: `il.markers` all of them, `il.span[0].open` one.
+
+    Spans are counted as they open, also those that close before they feed a latent back.
+    """
+
+    span: int | None = None
+    side: Literal["open", "close"] | None = None
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        found = [
+            column
+            for number, (opened, closed) in enumerate(tokens.marked_spans(row))
+            for side, column in (("open", opened), ("close", closed))
+            if column >= 0 and self.span in (None, number) and self.side in (None, side)
+        ]
+        return np.array(sorted(found), dtype=int)
+
+    def __repr__(self) -> str:
+        return "markers" if self.span is None else f"span[{self.span}].{self.side}"
 
 
 @dataclass(frozen=True)
@@ -135,17 +198,84 @@ class AnswerPositions(Positions):
 
     before: bool = False
 
+    @property
+    def awaits_answer(self) -> bool:
+        return True
+
     def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
-        if not tokens.final:
-            raise PositionError(
-                f"{self!r} is not known while the run is still being generated; "
-                "use context='fixed', or edit the finished run with run_with_hooks(run, ...)"
-            )
-        columns = tokens.columns(row, Kind.ANSWER)
+        columns = _answer(tokens, row, self)
         return columns[:1] - 1 if self.before else columns
 
     def __repr__(self) -> str:
         return "before_answer" if self.before else "answer"
+
+
+@dataclass(frozen=True)
+class DecidingPositions(Positions):
+    """The positions whose logits decide the answer's tokens: each one before the token itself."""
+
+    @property
+    def awaits_answer(self) -> bool:
+        return True
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        return _answer(tokens, row, self) - 1
+
+    def __repr__(self) -> str:
+        return "deciding"
+
+
+@dataclass(frozen=True)
+class FormatPositions(Positions):
+    """What was written that is neither a latent, nor a marker of a span, nor the answer."""
+
+    @property
+    def awaits_answer(self) -> bool:
+        return True
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        others = np.concatenate([_answer(tokens, row, self), markers.resolve(tokens, row)])
+        written = generated.resolve(tokens, row)
+        written = np.setdiff1d(written, tokens.latents(row))
+        return written[~np.isin(written, others)]
+
+    def __repr__(self) -> str:
+        return "format"
+
+
+@dataclass(frozen=True)
+class GeneratedPositions(Positions):
+    """Everything behind the prompt, latents included, padding left out."""
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        columns = np.arange(tokens.prompt_width, tokens.width)
+        return columns[tokens.kind[row, columns] != Kind.PAD]
+
+    def __repr__(self) -> str:
+        return "generated"
+
+
+@dataclass(frozen=True, repr=False)
+class LaterPositions(Positions):
+    """Everything behind the first position that `of` selects; `onward` with what it selects."""
+
+    of: Positions
+    onward: bool = False
+
+    @property
+    def awaits_answer(self) -> bool:
+        return self.of.awaits_answer
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        selected = self.of.resolve(tokens, row)
+        if len(selected) == 0:
+            return np.zeros(0, dtype=int)
+        columns = np.arange(selected[0], tokens.width)
+        columns = columns[tokens.kind[row, columns] != Kind.PAD]
+        return columns if self.onward else columns[~np.isin(columns, selected)]
+
+    def __repr__(self) -> str:
+        return f"{'onward' if self.onward else 'after'}({self.of!r})"
 
 
 @dataclass(frozen=True)
@@ -186,6 +316,25 @@ def positions(indices: Sequence[int]) -> FixedPositions:
     return FixedPositions(tuple(int(i) for i in indices))
 
 
+def after(of: Positions) -> LaterPositions:
+    """Select everything behind the first position that another selector selects, but for what it
+    selects itself: `il.after(il.latent)` is all that can read a latent and is none.
+
+    >>> after(latent)
+    after(latent)
+    """
+    return LaterPositions(of)
+
+
+def onward(of: Positions) -> LaterPositions:
+    """Select everything from the first position on that another selector selects.
+
+    >>> onward(latent[1])
+    onward(latent[1])
+    """
+    return LaterPositions(of, onward=True)
+
+
 latent = LatentPositions()
 span = Spans()
 image = ImagePositions()
@@ -193,6 +342,40 @@ text = TextPositions()
 answer = AnswerPositions()
 before_answer = AnswerPositions(before=True)
 last_prompt = LastPrompt()
+deciding = DecidingPositions()
+generated = GeneratedPositions()
+markers = MarkerPositions()
+format = FormatPositions()
+
+
+def _answer(tokens: TokenMap, row: int, selector: Positions) -> np.ndarray:
+    if not tokens.final:
+        raise PositionError(
+            f"{selector!r} is not known while the run is still being generated; "
+            "use context='fixed', or edit the finished run with run_with_hooks(run, ...)"
+        )
+    return tokens.columns(row, Kind.ANSWER)
+
+
+def edges(
+    queries: Positions | None,
+    at: Positions,
+    tokens: TokenMap,
+    looking: np.ndarray,
+    seen: np.ndarray,
+) -> np.ndarray:
+    """The edges of attention between these columns that run from `queries` (None: everyone) to
+    `at`, as (example, query, key). No edge of a position to itself is among them."""
+    found = np.zeros((len(tokens), len(looking), len(seen)), dtype=bool)
+    for row in range(len(tokens)):
+        keys = np.isin(seen, at.resolve(tokens, row))
+        if not keys.any():
+            continue
+        from_here = tokens.kind[row, looking] != Kind.PAD
+        if queries is not None:
+            from_here &= np.isin(looking, queries.resolve(tokens, row))
+        found[row] = from_here[:, None] & keys[None]
+    return found & (looking[:, None] != seen[None])
 
 
 def _take(columns: np.ndarray, index: Index, tokens: TokenMap, selector: Positions) -> np.ndarray:

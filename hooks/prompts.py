@@ -1,6 +1,7 @@
 """From what users hold in hand (pictures and a question, or a processor's dict) to one batch."""
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,14 @@ from transformers import BatchFeature, PreTrainedModel
 from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.spec import PromptStyle
 
-PIXELS = ("pixel_values", "pixel_values_videos", "image_patches")
+PIXELS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "pixel_values_images",
+    "image_pixel_values",
+    "image_patches",
+    "flattened_patches",
+)
 # Fields with one row per example; the others (pixels, grids) are packed over the batch.
 ROW_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids")
 
@@ -96,7 +104,7 @@ def make_prompt(
     else:
         examples = [inputs] if isinstance(inputs, Mapping) else _as_list(inputs)
         pictured = any(isinstance(e, Mapping) and _pictured(e.get("images")) for e in examples)
-        if pictured and image_token_id is None:
+        if pictured and not _takes(model, *PIXELS):
             name = type(model).__name__
             raise InputError(f"{name} is a text-only model and got images; leave them out")
         if examples and all(_is_encoded(e) for e in examples):
@@ -227,7 +235,7 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         raise InputError("input_ids must be a tensor (example, position); use return_tensors='pt'")
     name = type(model).__name__
-    if image_token_id is None and prompt.has_images:
+    if prompt.has_images and not _takes(model, *PIXELS):
         raise InputError(f"{name} is a text-only model and got images; leave them out")
     mask = inputs.get("attention_mask")
     if mask is not None and bool((mask[:, -1] == 0).any()):
@@ -235,8 +243,9 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
             "the batch is padded on the right, where generation continues; "
             "call the processor with padding_side='left'"
         )
-    needs_types = hasattr(model.base_model, "get_rope_index")
-    if needs_types and prompt.has_images and "mm_token_type_ids" not in inputs:
+    counts_by_type = hasattr(model.base_model, "get_rope_index")
+    untyped = prompt.has_images and "mm_token_type_ids" not in inputs
+    if untyped and counts_by_type and _takes(model, "mm_token_type_ids"):
         raise InputError(
             f"{name} needs mm_token_type_ids beside its images, or its positions are silently "
             "one-dimensional; pass the processor's full output"
@@ -255,6 +264,12 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
         if isinstance(v, torch.Tensor) and k != "labels"  # PaliGemma's processor adds some
     }
     return Prompt(moved, prompt.pictures, prompt.single)
+
+
+def _takes(model: PreTrainedModel, *names: str) -> bool:
+    """Whether the model's forward has one of these arguments; a wrapper's may have any."""
+    arguments = inspect.signature(model.forward).parameters
+    return "input_ids" not in arguments or any(name in arguments for name in names)
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import nnsight
@@ -16,13 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from imaginelens.hooks import engine
-from imaginelens.hooks.attention import patterns
+from imaginelens.hooks.attention import SLOTS, Hook, Inside, inside
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import Chunk, EditEntry, Entry, HookEntry, HookFn, HookPoint
-from imaginelens.hooks.errors import SiteUnavailable
+from imaginelens.hooks.errors import InputError, SiteUnavailable
 from imaginelens.hooks.names import NamesFilter, match
 from imaginelens.hooks.positions import Positions
-from imaginelens.hooks.sites import Site, SiteTable
+from imaginelens.hooks.sites import ORDER, Site, SiteTable
 from imaginelens.hooks.textedits import TextEntry, edit_entry
 
 
@@ -107,6 +108,7 @@ class HookRegistry(Mapping[str, Site]):
             entry = edit_entry(action, at, sites)
         else:
             entry = HookEntry(sites, action, direction, permanent)
+        entry.settle(self.table)
         self.entries.append(entry)
         return entry
 
@@ -133,6 +135,8 @@ class HookRegistry(Mapping[str, Site]):
     def scope(self, extra: Sequence[Entry] = ()) -> Iterator[None]:
         """Activate entries for the duration of a block; afterwards everything is as it was."""
         before = list(self.entries)
+        for entry in extra:
+            entry.settle(self.table)
         self.entries = before + list(extra)
         try:
             yield
@@ -206,29 +210,51 @@ class HookRegistry(Mapping[str, Site]):
             values["hook_embed"] = _then(values.get("hook_embed"), overlay)
         for name, fn in (read or {}).items():
             values[name] = _then(values.get(name), _reading(fn))
-        pattern_hooks = {
-            self.table[n].path: fn
-            for n, fn in values.items()
-            if self.table[n].kind.slot == "pattern"
-        }
-        at_sites = [
-            self._worker(wrapped, self.table[n], fn)
-            for n, fn in values.items()
-            if self.table[n].kind.slot != "pattern"
-        ]
-        # A worker on the residual between sublayers also writes the block's output: it goes first.
-        at_sites.sort(key=lambda pair: pair[0])
-        with patterns(model, pattern_hooks):
-            return engine.forward(wrapped, [*workers, *(w for _, w in at_sites)], inputs)
+        sites = [self.table[n] for n in values if self.table[n].kind.slot not in SLOTS]
+        # Sites may share a module, and a worker between sublayers also writes the block's output:
+        # they act in the order in which the stream passes them.
+        sites.sort(key=lambda site: ORDER[site.kind.name])
+        at_sites = [self._worker(wrapped, site, values[site.name]) for site in sites]
+        with inside(model, self._inside(values, chunk)):
+            return engine.forward(wrapped, [*workers, *at_sites], inputs)
+
+    def _inside(self, values: Mapping[str, Hook], chunk: Chunk) -> dict[str, Inside]:
+        """What acts inside attention, by the path of its module and by slot."""
+        found: dict[str, Inside] = {}
+        for name, fn in values.items():
+            site = self.table[name]
+            if site.kind.slot in SLOTS:
+                found.setdefault(site.path, {})[site.kind.slot] = fn
+        for entry in self.edits():
+            if not isinstance(entry, EditEntry) or not entry.along_edges:
+                continue
+            for name in entry.sites:
+                pattern = f"{name.rpartition('.')[0]}.hook_pattern"  # of the same attention
+                slots = found.setdefault(self.table[pattern].path, {})
+                if entry.readers is None:
+                    cut = partial(entry.cut, name, chunk)
+                    slots["scores"] = _then(slots.get("scores"), cut)
+                    continue
+                slot = f"read_{name[-1]}"
+                if slot in slots:
+                    raise InputError(
+                        f"two edits with readers are at {name!r}, and what a reader sees of both "
+                        "is not defined; use one at a time, or leave readers out of one"
+                    )
+                slots[slot] = partial(entry.read, self.table[name], chunk)
+        return found
 
     def _worker(
         self, wrapped: nnsight.NNsight, site: Site, fn: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[int, engine.Worker]:
-        if site.kind.slot == "mid":
-            if site.block is None:
-                raise SiteUnavailable(f"{site.name!r} belongs to no block")
-            return 0, engine.visit_residual(wrapped, site.block, site.path, fn)
-        return 1, engine.visit(wrapped, site.path, site.kind.slot, fn)
+    ) -> engine.Worker:
+        slot = site.kind.slot
+        if slot not in ("mid", "stream"):
+            return engine.visit(wrapped, site.path, slot, fn)
+        if site.block is None:
+            raise SiteUnavailable(f"{site.name!r} belongs to no block")
+        if slot == "mid":
+            return engine.visit_residual(wrapped, site.block, site.path, fn)
+        return engine.visit_stream(wrapped, site.block, site.path, site.kind.part, fn)
 
     def _compose(
         self,
@@ -279,14 +305,14 @@ def _reading(fn: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], tor
 
 def _shaped(site: Site, value: torch.Tensor) -> torch.Tensor:
     """The value with the axes that the site's row of the table names."""
+    if site.kind.slot in SLOTS:
+        return value.transpose(1, 2)  # (example, head, query, key) -> (example, query, head, key)
     if site.heads is not None:
         return value.unflatten(-1, (site.heads, -1))
-    if site.kind.slot == "pattern":
-        return value.transpose(1, 2)  # (example, head, query, key) -> (example, query, head, key)
     return value
 
 
 def _unshaped(site: Site, act: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if site.kind.slot == "pattern":
+    if site.kind.slot in SLOTS:
         return act.transpose(1, 2)
     return act.reshape(like.shape)

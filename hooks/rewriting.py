@@ -32,6 +32,8 @@ class ForcedText(LogitsProcessor):
         banned: for each row the tokens that it may not write next.
     """
 
+    dictates = True  # the loop mixes soft tokens of what the model itself would write
+
     def __init__(
         self,
         width: int,

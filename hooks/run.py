@@ -13,12 +13,14 @@ from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.cache import ActivationCache
 from imaginelens.hooks.entries import CaptureEntry
 from imaginelens.hooks.errors import DonorError, InputError
-from imaginelens.hooks.generate import LatentLoop, SpanRecord
-from imaginelens.hooks.positions import AnswerPositions, Positions
+from imaginelens.hooks.generate import LatentLoop
+from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.prompts import Prompt
 from imaginelens.hooks.sites import SiteTable
+from imaginelens.hooks.spans import SpanRecord
 from imaginelens.hooks.states import States, pad
 from imaginelens.hooks.tokens import Kind, TokenMap
+from imaginelens.hooks.vocabspans import Cell, forget_unread, read_cells, word_records
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class Trigger:
     Attributes:
         spans: one record per span: row, who opened it, how many steps, what ended it.
         emitted: for each example, how many latents it fed back.
+        written: the family writes its latents as tokens, and "fed back" reads "written".
     """
 
     spans: tuple[SpanRecord, ...]
     emitted: tuple[int, ...]
+    written: bool = False
 
     @property
     def rate(self) -> float:
@@ -50,7 +54,8 @@ class Trigger:
             ends[key] = ends.get(key, 0) + 1
         steps = ", ".join(f"{n} x {what}" for what, n in sorted(ends.items())) or "no span opened"
         emitted = sum(n > 0 for n in self.emitted)
-        return f"{emitted} of {len(self.emitted)} examples fed latents back; {steps}"
+        did = "wrote latent tokens" if self.written else "fed latents back"
+        return f"{emitted} of {len(self.emitted)} examples {did}; {steps}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Run:
         prompt: what went in.
         sequences: token ids, prompt included, (example, position); pads stand for latents.
         tokens: what every position is; answers are marked.
-        latents: the states as they were fed back, zero where an example fed fewer.
+        latents: the states as they were fed back, zero where an example fed fewer. In families that
+            write their latents as tokens: the states there, at the site their authors read.
         latent_mask: which (example, step) are real. Steps count over all spans.
         latent_span: the span of every step, -1 where there is none.
         trigger: why spans opened and ended.
@@ -129,6 +135,12 @@ class Run:
         return replace(self._states(site, at, columns), keys=self.tokens.keys)
 
     def _states(self, site: str, at: Positions, columns: Sequence[np.ndarray]) -> States:
+        if site == "hook_latent" and self.trigger.written:
+            raise DonorError(
+                f"nothing was fed back in this run, whose latents are written tokens, so it has no "
+                f"states at 'hook_latent' for {at!r}; name a site in the residual stream, such as "
+                "'blocks.0.hook_resid_post'"
+            )
         if site == "hook_latent":
             return pad([self._latents_at(row, c) for row, c in enumerate(columns)])
         if site not in self.cache:
@@ -204,13 +216,19 @@ def finish(
     positions: Sequence[Positions],
     table: SiteTable,
     no_latents: torch.Tensor,
+    words: CaptureEntry | None = None,
 ) -> Run:
     """Put together the run that a finished loop left behind.
 
-    `no_latents` is an empty (0, d_model) tensor of the model's dtype, on its device.
+    `no_latents` is an empty (0, d_model) tensor of the model's dtype, on its device. `words` has
+    read the states of latents that are written tokens.
     """
+    if words is not None:
+        forget_unread(loop.tokens)
     tokens, answers = find_answers(loop.tokens, finder)
-    latents, mask, span = _collect_latents(loop, tokens, no_latents)
+    cells = loop.fed if words is None else read_cells(words, tokens)
+    latents, mask, span = _collect_latents(cells, tokens, no_latents)
+    spans = loop.spans if words is None else word_records(tokens)
     logits = torch.stack(loop.logits, 1) if loop.logits else None
     return Run(
         prompt=prompt,
@@ -219,7 +237,9 @@ def finish(
         latents=latents,
         latent_mask=mask,
         latent_span=span,
-        trigger=Trigger(tuple(loop.spans), tuple(int(n) for n in mask.sum(1))),
+        trigger=Trigger(
+            tuple(spans), tuple(int(n) for n in mask.sum(1)), written=words is not None
+        ),
         cache=assemble(capture, tokens, positions, table),
         found_answers=tuple(answers),
         position_ids=loop.position_ids,
@@ -234,8 +254,8 @@ def find_answers(tokens: TokenMap, finder: AnswerFinder) -> tuple[TokenMap, list
     columns: list[np.ndarray] = []
     answers: list[str | None] = []
     for row in range(len(tokens)):
-        latents = tokens.columns(row, Kind.LATENT)
-        start = int(latents[-1]) + 1 if len(latents) else tokens.prompt_width
+        latents = tokens.latents(row)
+        start = max(tokens.prompt_width, int(latents[-1]) + 1 if len(latents) else 0)
         real = np.flatnonzero(tokens.kind[row] != Kind.PAD)
         behind = real[real >= start]
         text = tokens.text(row, start)
@@ -309,7 +329,7 @@ def wanted_while_generating(
     def wanted(tokens: TokenMap, row: int) -> np.ndarray:
         found = [np.zeros(0, dtype=int)]
         for at in positions:
-            if isinstance(at, AnswerPositions):
+            if at.awaits_answer:
                 found.append(np.arange(max(tokens.prompt_width - 1, 0), tokens.width))
             else:
                 found.append(at.resolve(tokens, row))
@@ -319,12 +339,12 @@ def wanted_while_generating(
 
 
 def _collect_latents(
-    loop: LatentLoop, tokens: TokenMap, no_latents: torch.Tensor
+    cells: Sequence[Cell], tokens: TokenMap, no_latents: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     n_rows = len(tokens)
     rows: list[list[torch.Tensor]] = [[] for _ in range(n_rows)]
     spans: list[list[int]] = [[] for _ in range(n_rows)]
-    for row, column, z in loop.fed:
+    for row, column, z in cells:
         rows[row].append(z)
         spans[row].append(int(tokens.span[row, column]))
     width = max(map(len, rows), default=0)

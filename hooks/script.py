@@ -6,7 +6,7 @@ reading a script gives the logits that generating it gave.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ class Script:
     """One batch to be read in one forward.
 
     Attributes:
-        inputs: the model's inputs; ids hold a harmless token where embeddings are laid over.
+        inputs: the model's inputs.
         tokens: what every position is.
         laid: (example, position) where an embedding is laid over the token's own.
         embeds: those embeddings, (example, position, d_model).
@@ -42,24 +42,27 @@ def script_of(
     embedding: torch.nn.Module,
     filler: int,
     image_token_id: int | None,
-    prefix_lm: bool = False,
+    written_type: int = 0,
     endings: Sequence[Sequence[int]] | None = None,
 ) -> Script:
     """Make the script of a run.
 
     Args:
         embedding: the model's token embedding.
-        filler: an ordinary token id, put where latents are laid over.
-        prefix_lm: whether generated tokens have token type 1.
+        filler: an ordinary token id, put in the place of ids that the model cannot embed or would
+            take for an image. Other latents keep their ids, which some models read in every layer.
+        written_type: the token type of tokens that the model wrote.
         endings: token ids to put in the place of each row's answer and what follows it; None reads
             the run as it was.
     """
     tokens = run.tokens if endings is None else _with_endings(run.tokens, endings)
     ids = torch.as_tensor(tokens.ids, device=run.sequences.device)
     laid, embeds = _overlay(run, tokens, ids, embedding, image_token_id)
-    ids = torch.where(laid, torch.full_like(ids, filler), ids)
+    untold = ids >= len(cast(torch.Tensor, embedding.weight))
+    untold |= ids == (-1 if image_token_id is None else image_token_id)
+    ids = torch.where(laid & untold, torch.full_like(ids, filler), ids)
     inputs: dict[str, Any] = {k: v for k, v in run.prompt.inputs.items() if k not in ROW_FIELDS}
-    inputs |= _row_fields(run, ids, prefix_lm) | {"input_ids": ids, "use_cache": False}
+    inputs |= _row_fields(run, ids, written_type) | {"input_ids": ids, "use_cache": False}
     starts = [tokens.columns(row, Kind.ANSWER) for row in range(len(tokens))]
     read_at = tuple(int(s[0]) - 1 if len(s) else -1 for s in starts)
     return Script(inputs, tokens, laid, embeds, read_at)
@@ -98,6 +101,7 @@ def _with_endings(tokens: TokenMap, endings: Sequence[Sequence[int]]) -> TokenMa
         tokenizer=tokens.tokenizer,
         prompt_width=tokens.prompt_width,
         keys=tokens.keys,
+        markers=tokens.markers,
     )
 
 
@@ -124,7 +128,7 @@ def _overlay(
     return latent | written, embeds
 
 
-def _row_fields(run: Run, ids: torch.Tensor, prefix_lm: bool) -> dict[str, torch.Tensor]:
+def _row_fields(run: Run, ids: torch.Tensor, written_type: int) -> dict[str, torch.Tensor]:
     """Positions, mask and token types, continued or cut to the width of `ids`."""
     width = ids.shape[1]
     fields: dict[str, torch.Tensor] = {}
@@ -137,7 +141,7 @@ def _row_fields(run: Run, ids: torch.Tensor, prefix_lm: bool) -> dict[str, torch
         positions = torch.cat([positions, positions[..., -1:] + more], dim=-1)
         fields["position_ids"] = positions[..., :width]
     prompt_width = run.tokens.prompt_width
-    for name, generated in (("mm_token_type_ids", 0), ("token_type_ids", int(prefix_lm))):
+    for name, generated in (("mm_token_type_ids", 0), ("token_type_ids", written_type)):
         types = run.prompt.inputs.get(name)
         if types is not None:
             new = types.new_full((len(types), width - prompt_width), generated)

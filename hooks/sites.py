@@ -1,18 +1,19 @@
 """The table of sites: every place of a model that can be read or edited, by name."""
 
+import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from imaginelens.hooks.attention import offers_pattern
+from imaginelens.hooks.attention import SLOTS, offers_pattern
 from imaginelens.hooks.errors import HookNameError, SiteUnavailable
 from imaginelens.hooks.names import match
 from imaginelens.hooks.structure import Block, Structure
 
-Slot = Literal["output", "input", "mid", "pattern", "latent"]
+Slot = Literal["output", "input", "mid", "stream", "rot_q", "rot_k", "pattern", "latent"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class SiteKind:
     Attributes:
         part: the field of `Block` or `Structure` whose module carries the site.
         slot: how that module carries it: at its output or input, `mid` (the residual stream between
-            two sublayers), `pattern` (inside the attention function), `latent` (the loop's state).
+            two sublayers), `stream` (the same, or what a sublayer adds to it, in blocks that gate
+            or scale their sublayers: a difference of the stream), `rot_q`, `rot_k`, `pattern`
+            (inside the attention function), `latent` (the loop's state).
         axes: names of the tensor's axes as a hook sees them.
         at_image: what the value means at image positions.
         at_latent: what the value means at a latent step, the position whose input is z_t.
@@ -51,6 +54,15 @@ KINDS: tuple[SiteKind, ...] = (
     SiteKind("blocks.{i}.attn.hook_q", "q", "output", _HEADS, "before rotation", "before rotation"),
     SiteKind("blocks.{i}.attn.hook_k", "k", "output", _HEADS, "before rotation", "before rotation"),
     SiteKind("blocks.{i}.attn.hook_v", "v", "output", _HEADS, _IMG, _LAT),
+    SiteKind(
+        "blocks.{i}.attn.hook_rot_q", "attention", "rot_q", _HEADS,
+        "after rotation", "after rotation",
+    ),
+    SiteKind(
+        "blocks.{i}.attn.hook_rot_k", "attention", "rot_k", _HEADS,
+        "after rotation: all keys that a forward reads, those in the cache included",
+        "after rotation, as the cache holds it for every later position",
+    ),
     SiteKind(
         "blocks.{i}.attn.hook_pattern", "attention", "pattern",
         ("example", "position", "head", "key"), "who it looks at", "who z_t looks at",
@@ -91,6 +103,25 @@ VISION_KINDS: tuple[SiteKind, ...] = (
         "what is written over the image placeholders, in the projector's own order", "absent",
     ),
 )  # fmt: skip
+
+
+_CODEBOOKS = ("vqmodel", "vqgan", "vq_model")
+_WORDS = {
+    "path": "block",
+    "attention": "attention",
+    "q": "query projection",
+    "k": "key projection",
+    "v": "value projection",
+    "o": "attention output projection",
+    "attn_out": "attention",
+    "mid": "norm between attention and MLP",
+    "mlp_pre": "first MLP layer",
+    "mlp_down": "last MLP layer",
+    "mlp_out": "MLP",
+}
+
+# Where the stream passes a kind of site, relative to the others of its block.
+ORDER = {kind.name: number for number, kind in enumerate((*KINDS, *VISION_KINDS))}
 
 
 @dataclass(frozen=True)
@@ -152,12 +183,20 @@ def find_sites(model: PreTrainedModel, structure: Structure) -> SiteTable:
         for i, block in enumerate(structure.blocks):
             _add_block(table, model, structure, kind, block, i)
     blocks, projector = VISION_KINDS
+    codes = [path for path, _ in model.named_modules() if path.endswith(_CODEBOOKS)]
+    why = (
+        f"its pictures become ids of a codebook ({codes[0]}) that are looked up like words, so "
+        "nothing is projected; edit blocks.0.hook_resid_pre at il.image instead"
+        if codes
+        else f"{table.model} has no module that is known to project its images; if one does, "
+        f"il.register_structure({model.config.model_type!r}, projector=...)"
+    )
     for i, path in enumerate(structure.vision_blocks):
         _add(table, blocks, blocks.name.format(i=i), path, layer=i)
     if not structure.vision_blocks:
         name = blocks.name.format(i=0)
         table.unavailable[name] = "no vision tower was found, so read the text sites instead"
-    _add(table, projector, projector.name, structure.projector)
+    _add(table, projector, projector.name, structure.projector, why=why)
     return table
 
 
@@ -170,11 +209,10 @@ def _add(
     heads: int | None = None,
     block: str | None = None,
     layer: int | None = None,
+    why: str = "it has no such module",
 ) -> None:
     if path is None:
-        table.unavailable[name] = (
-            f"its modules have no part that serves as {kind.part!r}; lens.describe() lists what has"
-        )
+        table.unavailable[name] = why
     else:
         table.sites[name] = Site(name, path, kind, heads, block, layer)
 
@@ -189,20 +227,54 @@ def _add_block(
 ) -> None:
     name = kind.name.format(i=layer)
     path = getattr(block, kind.part)
-    if (
-        kind.slot == "pattern"
-        and path is not None
-        and not offers_pattern(model.get_submodule(path))
-    ):
+    if block.by_difference and kind.part in ("attn_out", "mid", "mlp_out"):
+        kind, path = replace(kind, slot="stream"), block.mid
+    if kind.slot in SLOTS and path is not None and not offers_pattern(model.get_submodule(path)):
         table.unavailable[name] = (
             "its attention class does not ask for a registered attention function; "
             "edit hook_z or hook_attn_out instead"
         )
         return
+    if kind.slot in SLOTS and path is not None and _biased(model.get_submodule(path)):
+        table.unavailable[name] = (
+            "its attention class adds a position bias of its own to the scores, which the "
+            "attention written out here does not have; edit hook_z or hook_attn_out instead"
+        )
+        return
     heads = None
-    if kind.axes == _HEADS and path is not None:
+    if kind.axes == _HEADS and kind.slot not in SLOTS and path is not None:
         heads = _count_heads(model.get_submodule(path), kind.part, structure)
-    _add(table, kind, name, path, heads=heads, block=block.path, layer=layer)
+    why = _why(model, kind, block) if path is None else ""
+    _add(table, kind, name, path, heads=heads, block=block.path, layer=layer, why=why)
+
+
+def _biased(attention: nn.Module) -> bool:
+    """Whether this attention class gives its attention function more than queries, keys and values
+    to make the pattern from (Inkling)."""
+    forward = inspect.unwrap(type(attention).forward)
+    return "position_bias" in forward.__code__.co_varnames
+
+
+def _why(model: PreTrainedModel, kind: SiteKind, block: Block) -> str:
+    """Why a block has no site of a kind, in a sentence that says what to do."""
+    module = model.get_submodule(block.path)
+    of = type(module).__name__
+    if kind.part == "mid" and block.attn_out and block.mlp_out:
+        return (
+            f"in {of} no module reads the stream between attention and MLP, which may run side by "
+            "side; edit hook_attn_out or hook_mlp_out instead"
+        )
+    mixer = block.attn_out and type(model.get_submodule(block.attn_out)).__name__
+    if kind.part in ("attention", "q", "k", "v", "o") and block.attention is None and mixer:
+        return f"{of} mixes positions by {mixer}, not by attention; edit hook_attn_out instead"
+    inside = ", ".join(name for name, _ in module.named_children())
+    alone = mixer or (block.mlp_out and type(model.get_submodule(block.mlp_out)).__name__)
+    if alone and hasattr(module, "mixer"):
+        return f"this {of} has one sublayer, {alone}; other blocks have the others"
+    return (
+        f"{of} holds {inside}, none of which is known to be its {_WORDS[kind.part]}; if one is, "
+        f"il.register_structure({model.config.model_type!r}, {kind.part}=...)"
+    )
 
 
 def _count_heads(projection: nn.Module, part: str, structure: Structure) -> int:

@@ -9,10 +9,21 @@ from jaxtyping import Bool, Float
 
 from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.mixture import Mixture
 
 Token = str | int | None
 Hidden = Float[torch.Tensor, "*cell d_model"]
 Project = Callable[[Hidden, Bool[torch.Tensor, "*cell"]], Hidden]
+Trigger = Literal["sampled", "forced", "prompt", "always"]
+
+NO_TOKEN = -1  # in `SpanTokens`: the family has no such token
+# The tokens without which a loop cannot tell where its spans are.
+_NEEDED: Mapping[Trigger, tuple[str, ...]] = {
+    "sampled": ("open", "close", "pad"),
+    "forced": ("open", "close", "pad"),
+    "prompt": ("pad",),
+    "always": ("close",),
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,15 @@ class LatentSpec:
 
     Attributes:
         name: the family's name.
-        open, close, pad: the span's tokens, as strings (looked up in the tokenizer) or ids.
-            `pad` stands in the token ids where a latent is fed.
+        open, close, pad: the span's tokens, as strings (looked up in the tokenizer) or ids; None
+            where the family has none. `pad` stands in the token ids where a latent is fed.
         config_keys: config keys that hold the ids, tried after the strings.
         steps_key: the config key that sets `max_steps`, and what its value is multiplied by.
-        trigger: who opens a span: the model by sampling `open`, or the loop (`forced`) at
-            generated position `forced_at`.
+        trigger: who opens a span: the model by sampling `open` (`sampled`); the loop at generated
+            position `forced_at` (`forced`); the user, who writes a `pad` into the prompt for each
+            latent (`prompt`); or nobody, for generation begins inside a span (`always`).
+        feeds: what is fed: the last hidden `state`; the placeholder's own `embedding`, a free
+            variable for edits; or a `Mixture` of token embeddings.
         slot: `after`: the open token's embedding is consumed, z_0 goes into the next slot.
             `replace`: z_0 overwrites the open token's own slot.
         max_steps: the most latents of one span.
@@ -79,8 +93,9 @@ class LatentSpec:
     max_steps: int
     config_keys: Mapping[str, str] | None = None
     steps_key: tuple[str, int] | None = None
-    trigger: Literal["sampled", "forced"] = "sampled"
+    trigger: Trigger = "sampled"
     forced_at: int = 0
+    feeds: Literal["state", "embedding"] | Mixture = "state"
     slot: Literal["after", "replace"] = "after"
     budget: int | None = None
     fixed: bool = False
@@ -111,6 +126,37 @@ class LatentSpec:
                 f"LatentSpec {self.name!r} has budget={self.budget}, expected 1 or more; "
                 "for a run without latents pass latents=il.Skip()"
             )
+        if self.feeds == "embedding" and self.trigger != "prompt":
+            raise ValueError(
+                f"LatentSpec {self.name!r} feeds placeholders of the prompt and has "
+                f"trigger={self.trigger!r}; set trigger='prompt'"
+            )
+
+    @property
+    def kind(self) -> str:
+        """What its latents are: `feedback` of states, a `mixture` of tokens, or `free` vectors."""
+        if isinstance(self.feeds, Mixture):
+            return "mixture"
+        return "feedback" if self.feeds == "state" else "free"
+
+    @property
+    def placeholders(self) -> str:
+        """What a user writes into a prompt for one span of `max_steps` latents.
+
+        Raises:
+            ValueError: the family's latents are not in the prompt, or its tokens are no strings.
+
+        >>> from imaginelens.hooks import FAMILIES
+        >>> FAMILIES["coconut"].with_steps(2).placeholders
+        '<|start-latent|><|latent|><|latent|><|end-latent|>'
+        """
+        if self.trigger != "prompt" or not isinstance(self.pad, str):
+            raise ValueError(
+                f"the {self.name} family has no placeholders to write into a prompt "
+                f"(trigger={self.trigger!r}, pad={self.pad!r})"
+            )
+        around = [token if isinstance(token, str) else "" for token in (self.open, self.close)]
+        return around[0] + self.pad * self.max_steps + around[1]
 
     def with_steps(self, n: int) -> "LatentSpec":
         """The same family with another number of steps: of LVR 4, 8 and 16 are evaluated.
@@ -139,6 +185,8 @@ class LatentSpec:
         token: Token = getattr(self, part)
         if isinstance(token, int):
             return token
+        if token is None and part not in _NEEDED[self.trigger]:
+            return NO_TOKEN
         vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
         if token in vocabulary:
             return int(vocabulary[token])
@@ -155,7 +203,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class SpanTokens:
-    """The token ids of a family's spans in one checkpoint."""
+    """The token ids of a family's spans in one checkpoint; `NO_TOKEN` where it has none."""
 
     open: int
     close: int
@@ -164,7 +212,8 @@ class SpanTokens:
 
 @dataclass(frozen=True)
 class Skip:
-    """Loop control: the open token is never sampled, so no span opens."""
+    """Loop control: the open token is never sampled, so no span opens; placeholders of a prompt are
+    read as the tokens they are."""
 
     def applied_to(self, spec: LatentSpec | None) -> None:
         """A run without a family: nothing opens a span, a prompt that ends open included."""
@@ -187,6 +236,16 @@ class Force:
         if spec is None:
             raise CheckpointError(
                 "il.Force needs a model with a latent family; pass spec=LatentSpec(...) to it"
+            )
+        if spec.trigger == "prompt":
+            raise CheckpointError(
+                f"il.Force({self.steps}) cannot add latents to the {spec.name} family, whose "
+                f"prompt holds one {spec.pad!r} for each; write {self.steps} of them into it"
+            )
+        if self.at is not None and spec.open is None:
+            raise CheckpointError(
+                f"the {spec.name} family opens no spans that il.Force(at={self.at}) could place; "
+                "leave `at` out"
             )
         forced = replace(
             spec, max_steps=self.steps, fixed=True, criterion=None, budget=None, multi_span=True

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from imaginelens.hooks.edits import Edit, EditContext, Resample, Sham, Shuffle, Swap
+from imaginelens.hooks.edits import (
+    EdgeEdit,
+    Edit,
+    EditContext,
+    Resample,
+    Sham,
+    Shuffle,
+    Swap,
+    whole_numbers,
+)
 from imaginelens.hooks.entries import EditEntry, Entry
 from imaginelens.hooks.errors import DonorError, InputError
 from imaginelens.hooks.landing import Landing
@@ -154,21 +163,38 @@ class TextEntry(Entry):
 
 
 def edit_entry(
-    edit: Edit, at: Positions, sites: Sequence[str], *, draw: int = 0
+    edit: Edit,
+    at: Positions,
+    sites: Sequence[str],
+    *,
+    draw: int = 0,
+    heads: Sequence[int] | None = None,
+    readers: Positions | None = None,
 ) -> EditEntry | TextEntry:
     """An edit as it becomes active. What is fed back is a state in a latent span and text in
     written imagination, so `hook_latent` at `il.imagination` means the text.
 
     Raises:
-        InputError: an edit of text is to act on states, or the other way round.
+        InputError: an edit of text is to act on states, or the other way round, or heads are given
+            for what has none.
     """
     name = type(edit).__name__
-    if not (isinstance(at, ImaginationPositions) and tuple(sites) == ("hook_latent",)):
+    chosen = whole_numbers("heads", heads)
+    at_text = isinstance(at, ImaginationPositions) and tuple(sites) == ("hook_latent",)
+    if isinstance(edit, EdgeEdit) or not at_text:
         if isinstance(edit, TextEdit):
             raise InputError(_not_states(edit))
-        return EditEntry(tuple(sites), edit, at, Landing(name, repr(at), tuple(sites)), draw)
+        if isinstance(edit, EdgeEdit) and chosen is not None:
+            raise InputError(f"{name} has heads of its own; write il.{name}(heads={list(chosen)})")
+        if isinstance(edit, EdgeEdit) and readers is not None:
+            raise InputError(f"{name} has queries of its own; write il.{name}({readers!r})")
+        landing = Landing(name, repr(at), tuple(sites))
+        return EditEntry(tuple(sites), edit, at, landing, draw, chosen, readers)
     if respell.dispatch(type(edit)) is respell.dispatch(object):
         raise InputError(_not_text(edit))
+    if chosen is not None or readers is not None:
+        raise InputError(f"{at!r} is text, which has no heads and no readers; leave them out")
+    assert isinstance(at, ImaginationPositions)
     return TextEntry((), edit, at, Landing(name, repr(at), ("text",)), draw)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ class Kind(IntEnum):
     IMAGE = 3
     LATENT = 4
     ANSWER = 5
+    VOCAB = 6  # a latent that is a written token: nothing is laid over its embedding
 
 
 _SYSTEM = re.compile(
@@ -74,6 +75,8 @@ class TokenMap:
     prompt_width: int
     keys: tuple[str, ...]
     final: bool = True
+    markers: tuple[int, int] | None = None  # the ids that open and close a latent span
+    spoken: Mapping[int, int] = field(default_factory=dict)  # written latents: token id -> group
 
     def __repr__(self) -> str:
         rows = [
@@ -121,6 +124,35 @@ class TokenMap:
         """The columns of one row that are of this kind."""
         return np.flatnonzero(self.kind[row] == kind)
 
+    def latents(self, row: int) -> np.ndarray:
+        """The columns of one row that are latent steps, fed back or written as tokens."""
+        kind = self.kind[row]
+        return np.flatnonzero((kind == Kind.LATENT) | (kind == Kind.VOCAB))
+
+    def marked_spans(self, row: int) -> list[tuple[int, int]]:
+        """The columns of the tokens that open and close each latent span; -1 where none closes it.
+
+        An open token is one where the model writes, at a place that is no latent or, where the
+        first latent takes its slot, at the first of a span.
+        """
+        if self.markers is None:
+            return []
+        found: list[tuple[int, int]] = []
+        inside = np.isin(np.arange(self.width), self.latents(row))
+        follows = np.append(False, inside[:-1])  # a latent
+        for column in np.flatnonzero(np.isin(self.ids[row], self.markers)):
+            behind_open = bool(found) and found[-1][0] == column - 1
+            if self.ids[row, column] == self.markers[0] and self.kind[row, column] != Kind.PAD:
+                slot = inside[column] and not follows[column] and not behind_open
+                in_prompt = column < self.prompt_width and column + 1 < self.width
+                opens = inside[column + 1] if in_prompt else not inside[column]
+                if slot or opens:
+                    found.append((int(column), -1))
+            elif found and found[-1][1] < 0 and not inside[column]:
+                if follows[column] or behind_open:
+                    found[-1] = (found[-1][0], int(column))
+        return found
+
     def text(self, row: int, start: int = 0, stop: int | None = None) -> str:
         """The decoded text between two columns, padding left out."""
         keep = [c for c in range(*slice(start, stop).indices(self.width)) if self.kind[row, c]]
@@ -160,7 +192,7 @@ class TokenMap:
             return np.concatenate([old, new[:, None].astype(old.dtype)], axis=1)
 
         blank = np.full(len(ids), -1)
-        return replace(
+        new = replace(
             self,
             ids=join(self.ids, ids),
             kind=join(self.kind, kind),
@@ -170,6 +202,40 @@ class TokenMap:
             span=join(self.span, span),
             step=join(self.step, step),
         )
+        new._mark_spoken(range(self.width, new.width))
+        return new
+
+    def speaking(self, spoken: Mapping[int, int]) -> "TokenMap":
+        """The same map with written latents marked: those tokens, by id; side by side in one group
+        they are one span."""
+        if not spoken:
+            return self
+        new = replace(
+            self,
+            kind=self.kind.copy(),
+            span=self.span.copy(),
+            step=self.step.copy(),
+            spoken=dict(spoken),
+        )
+        new._mark_spoken(range(new.width))
+        return new
+
+    def _mark_spoken(self, columns: range) -> None:
+        """In place, from left to right."""
+        if not self.spoken:
+            return
+        for row, column in np.argwhere(np.isin(self.ids, list(self.spoken))).tolist():
+            if column not in columns or self.kind[row, column] != Kind.TEXT:
+                continue
+            before = self.columns(row, Kind.VOCAB)
+            before = before[before < column]
+            last = int(before[-1]) if len(before) else -1
+            groups = [self.spoken.get(int(self.ids[row, c])) for c in (last, column)]
+            joined = len(before) > 0 and last == column - 1 and groups[0] == groups[1]
+            span = int(self.span[row, last]) if len(before) else -1
+            self.kind[row, column] = Kind.VOCAB
+            self.span[row, column] = span + (not joined)
+            self.step[row, column] = len(before)
 
     def finished(self, answers: Sequence[np.ndarray]) -> "TokenMap":
         """The map of a completed run, with the columns of each row's answer marked."""

@@ -55,9 +55,9 @@ def repeats(ids: Sequence[int] | np.ndarray, *, ran_on: bool = False) -> bool:
 
 def written(run: Run, row: int) -> list[int]:
     """The token ids that a row wrote, latents and padding left out."""
-    kinds = run.tokens.kind[row]
     columns = np.arange(run.tokens.prompt_width, run.tokens.width)
-    keep = (kinds[columns] != Kind.PAD) & (kinds[columns] != Kind.LATENT)
+    keep = run.tokens.kind[row, columns] != Kind.PAD
+    keep &= ~np.isin(columns, run.tokens.latents(row))
     return run.tokens.ids[row, columns[keep]].tolist()
 
 

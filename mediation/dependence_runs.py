@@ -373,7 +373,8 @@ class Collector:
         if not len(fed) or self.dummy is None or bool((fed == self.dummy).all()):
             return self._states(run)  # nothing was fed, or nothing else than the dummy
         columns = np.flatnonzero((run.tokens.kind == TokenKind.LATENT).any(0))
-        limit = int(columns[-1]) + 2 - run.tokens.prompt_width
+        # latents may stand in the prompt, and one token has to be written
+        limit = max(int(columns[-1]) + 2 - run.tokens.prompt_width, 1)
         edit = _Dummy(value=self.dummy)
         with self.lens.edit(edit, at=latent):
             again = self.run(examples, limit=limit)

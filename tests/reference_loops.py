@@ -150,54 +150,83 @@ def mirage_release(m: Machine, *, max_latent_len: int) -> Trace:
 
 
 def ilvr(m: Machine, *, latent_size: int) -> Trace:
-    """ILVR (transformers/generation/utils.py, `_sample`; :3380-3404 sets everything back when a
-    span opens and when it ends; the cap is `config.latent_size`)."""
+    """ILVR, a batch of one (transformers/generation/utils.py, `_sample` :3286-3450): Mirage's loop,
+    in which :3380-3404 sets everything back when a span opens and when it ends; the cap is
+    `config.latent_size`. Its ids are written into the code, and are those of these strings."""
     t, trace = m.tokens, Trace()
     in_latent_mode = latent_start = False
     latent_num = 0
     while len(trace.written) < m.max_new:
-        if in_latent_mode and latent_start:
+        if in_latent_mode and latent_start:  # as in Mirage: the open token's embedding is read
             latent_start = False
         hidden = m.read(trace)
         token = m.choose(trace, hidden)
-        if token == t.open:
+        if token == t.open:  # :3380-3389, also inside a span, whose count begins anew
             in_latent_mode, latent_start, latent_num = True, True, 0
-        elif token == t.close:
+        elif token == t.close:  # :3396-3404
             in_latent_mode, latent_start, latent_num = False, False, 0
-        elif in_latent_mode:
+        elif in_latent_mode:  # the pad takes the place of what was sampled
             token = t.pad
         if in_latent_mode and not latent_start:
             latent_num += 1
-            if latent_num > latent_size:
+            if latent_num > latent_size:  # :3415, one more than may be fed: the close token instead
                 in_latent_mode, token = False, t.close
         trace.written.append(token)
         if token == t.eos:
             break
-        if in_latent_mode and not latent_start:
+        if in_latent_mode and not latent_start:  # inputs_embeds = outputs.hidden_states, post-norm
             trace.fed[len(trace.written) - 1] = hidden
     return trace
 
 
 def skila(m: Machine, *, quota: int) -> Trace:
-    """SkiLa (src/model/skila.py:122-213) and SwimBird (src/model/swimbird.py:117-230): a quota that
-    counts down; the quota is twice `sketch_token_num` or `max_latent_token`."""
+    """SkiLa (src/model/skila.py:122-213): a quota that counts down; it is twice
+    `sketch_token_num` (:125)."""
     t, trace = m.tokens, Trace()
-    in_sketch_mode, remaining = False, quota
+    in_sketch_mode, remaining = False, quota  # :122, :128-129
     while len(trace.written) < m.max_new:
         hidden = m.read(trace)
         token = m.choose(trace, hidden)
-        last = trace.written[-1] if trace.written else int(m.inputs["input_ids"][0, -1])
-        temp_mode = in_sketch_mode or last == t.open
-        just_entered = temp_mode and not in_sketch_mode
-        remaining = quota if just_entered else remaining
-        remaining -= int(in_sketch_mode)
-        force_end = in_sketch_mode and remaining <= 0
-        sketch_end = token == t.close or force_end
-        in_sketch_mode = temp_mode and not sketch_end
-        token = t.pad if in_sketch_mode else t.close if sketch_end else token
-        trace.written.append(token)
+        last = trace.written[-1] if trace.written else int(m.inputs["input_ids"][0, -1])  # :194
+        temp_mode = in_sketch_mode or last == t.open  # :195, :198
+        just_entered = temp_mode and not in_sketch_mode  # :200
+        remaining = quota if just_entered else remaining  # :202
+        remaining -= int(in_sketch_mode)  # :203
+        force_end = in_sketch_mode and remaining <= 0  # :205
+        sketch_end = token == t.close or force_end  # :196, :206
+        in_sketch_mode = temp_mode and not sketch_end  # :208
+        token = t.pad if in_sketch_mode else t.close if sketch_end else token  # :212-213
+        trace.written.append(token)  # :214
         if in_sketch_mode:  # monkey_patch_forward_skila.py:99-101, fed from :247
             trace.fed[len(trace.written) - 1] = hidden
+        if token == t.eos:
+            break
+    return trace
+
+
+def swimbird(m: Machine, *, max_latent_token: int) -> Trace:
+    """SwimBird (src/model/swimbird.py, Qwen3-VL :117-230, Qwen2.5-VL :355-470): the open token is
+    read as any other; from the next place on the last state behind the final norm (:565) stands in
+    the place of the embedding (src/train/monkey_patch_forward.py:378-380), up to twice
+    `max_latent_token` times or up to a sampled close token. Its authors' file is not at hand: this
+    is what the report says of it, not a copy of SkiLa's loop, which it is said to equal."""
+    t, trace = m.tokens, Trace()
+    most = 2 * max_latent_token
+    while len(trace.written) < m.max_new:
+        count = 0  # latents of the span that reaches up to here
+        while len(trace.written) - 1 - count in trace.fed:
+            count += 1
+        last = trace.written[-1] if trace.written else int(m.inputs["input_ids"][0, -1])
+        inside = count > 0 or last == t.open
+        hidden = m.read(trace)
+        token = m.choose(trace, hidden)
+        if inside and token != t.close and count < most:
+            trace.written.append(t.pad)
+            trace.fed[len(trace.written) - 1] = hidden
+            continue
+        if inside:  # closed by itself, or because the cap is met
+            token = t.close
+        trace.written.append(token)
         if token == t.eos:
             break
     return trace

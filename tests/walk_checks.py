@@ -4,6 +4,7 @@ The judge is plain torch: hooks on the same modules, identities between the site
 right modules only, and latent decoding by full recomputation without a cache.
 """
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,14 +18,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import ModelOutput
 from walk_inputs import (
     ALONG_ROW,
+    SIZE_FIELDS,
     Inputs,
     found_image_inputs,
     image_token,
     lengthened,
     other_pixel,
     pixel_name,
+    side_by_side,
     stacked,
     text_inputs,
 )
@@ -38,7 +42,7 @@ OPEN, CLOSE, PAD = VOCABULARY - 12, VOCABULARY - 11, VOCABULARY - 10
 SPEC = il.LatentSpec(name="walk", open=OPEN, close=CLOSE, pad=PAD, max_steps=3)
 BLOCK_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 NEW, OPEN_AT, STEPS = 6, 1, 2  # generated tokens, where the span opens, how many latents
-SAME, EXACT, CLOSE_ENOUGH = 1e-12, 1e-9, 1e-8
+SAME, EXACT, CLOSE_ENOUGH, EXACT_ALONE = 1e-12, 1e-9, 1e-8, 1e-10
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Row:
 COLUMNS = (
     "instantiates", "text", "image", "stock_generate", "lens", "describe",
     *BLOCK_SITES, "projector", "projector_cells", "pattern", "text_latent", "latent", "path_gap",
-    "batch",
+    "batch", "sizes",
 )  # fmt: skip
 
 
@@ -105,7 +109,7 @@ class _Walk:
             self._ask("describe", lambda: str(self.lens.describe()) and OK)
             if self.image or self.text:
                 self._sites()
-                self._ask("text_latent", lambda: self._latent(self.text))
+                self._ask("text_latent", self._text_latent)
             if self.image:
                 self._ask("stock_generate", self._stock)
                 self._ask("projector", self._projector)
@@ -113,6 +117,7 @@ class _Walk:
                 self._ask("latent", lambda: self._latent(self.image))
                 self._ask("path_gap", self._path_gap)
                 self._ask("batch", self._batch)
+                self._ask("sizes", self._sizes)
 
     def _ask(self, column: str, question: Callable[[], str]) -> bool:
         try:
@@ -126,6 +131,8 @@ class _Walk:
 
     def _instantiates(self) -> str:
         self.model = build(self.row.model_type)
+        if self.model.config.is_encoder_decoder:
+            self.row.notes["kind"] = "encoder-decoder"
         n = sum(p.numel() for p in self.model.parameters())
         self.row.notes["parameters"] = f"{n / 1e6:.2f} M"
         return OK
@@ -160,6 +167,8 @@ class _Walk:
     def _lens(self) -> str:
         self.lens = il.LatentModel(self.model, spec=SPEC)
         self.row.notes["sites"] = str(len(self.lens.registry))
+        if any(block.by_difference for block in self.lens.structure.blocks):
+            self.row.notes["difference"] = "yes"
         return OK
 
     def _sites(self) -> None:
@@ -173,7 +182,7 @@ class _Walk:
         missing = [i for i in range(n) if _name(i, kind) not in self.lens.registry]
         if missing:
             why = self.lens.registry.table.unavailable[_name(missing[0], kind)]
-            return f"not offered in {len(missing)} of {n} layers: {why}"
+            return f"not offered in {len(missing)} of {n} blocks: {why}"
         for i in range(n):
             said = self._read_and_write(_name(i, kind), inputs)
             if said != OK:
@@ -182,7 +191,7 @@ class _Walk:
 
     def _read_and_write(self, site: str, inputs: Inputs) -> str:
         wanted: list[torch.Tensor] = []
-        with hooked(self.lens, site, lambda act: wanted.append(act.clone()) or act):
+        with hooked(self.lens, site, lambda act: wanted.append(act.clone()) or act, inputs):
             _forward(self.model, inputs)
         logits, cache = self.lens.run_with_cache(inputs, names_filter=site)
         gap = _gap(cache[site].reshape(wanted[0].shape), wanted[0])
@@ -194,7 +203,7 @@ class _Walk:
                 return act * 0.5 + 0.25
             return torch.cat([act[:, :-2], act[:, -2:] * 0.5 + 0.25], dim=1)
 
-        with hooked(self.lens, site, edit):
+        with hooked(self.lens, site, edit, inputs):
             plain = _forward(self.model, inputs)
         with torch.no_grad():
             changed = self.lens.run_with_hooks(
@@ -223,14 +232,20 @@ class _Walk:
                     continue
                 gap = _gap(sum(c[p] for p in parts), c[whole])
                 if gap > EXACT and kind not in ("resid_pre", "resid_post"):
-                    return f"layer {i}: {' + '.join(parts)} misses {whole} by {gap:.1g}"
+                    return (
+                        f"in block {i} {' + '.join(parts)} misses {whole} by {gap:.1g}: the stream "
+                        "is not the plain sum of what its parts return"
+                    )
             if kind == "resid_post" and i + 1 < n:
                 after = cache[_name(i + 1, "resid_pre")]
                 if c["resid_post"].shape != after.shape:
                     return f"layer {i}: shape {tuple(c['resid_post'].shape)}"
                 gap = _gap(c["resid_post"][:, text], after[:, text])
                 if gap > EXACT:
-                    return f"layer {i}: not what enters layer {i + 1}, by {gap:.1g}"
+                    return (
+                        f"what leaves block {i} differs by {gap:.1g} from what enters block "
+                        f"{i + 1}: something else stands between them"
+                    )
         return OK
 
     def _pattern(self, n: int) -> str:
@@ -247,12 +262,16 @@ class _Walk:
                     return f"{name}: the written-out attention differs by {_gap(logits, plain):.1g}"
                 if _gap(cache[name].sum(-1), torch.ones(1)) > EXACT:
                     return f"{name}: does not sum to 1"
-        return OK if len(offered) == n else f"in {len(offered)} of {n} layers"
+        if len(offered) == n:
+            return OK
+        missing = next(x for x in names if x not in self.lens.registry)
+        why = self.lens.registry.table.unavailable[missing]
+        return f"not in {n - len(offered)} of {n} blocks: {why}"
 
     def _projector(self) -> str:
         site = "vision_projector.hook_out"
         if site not in self.lens.registry:
-            return f"not offered: {self.lens.registry.table.unavailable[site]}"
+            return self.lens.registry.table.unavailable[site]
         said = self._read_and_write(site, self.image)
         if said != OK:
             return said
@@ -260,10 +279,10 @@ class _Walk:
         _, before = self.lens.run_with_cache(self.image, names_filter=first)
         with self.lens.hooks([(site, lambda act, hook: act * 0.5 + 0.25)]):
             _, after = self.lens.run_with_cache(self.image, names_filter=first)
-        moved = (after[first] - before[first]).abs().amax(-1)[0] > 0
+        moved = (after[first] - before[first])[0].flatten(1).abs().amax(-1) > 0
         shown = self.image["input_ids"][0] == (image_token(self.model.config) or -1)
         if not bool(moved.any()):
-            return "an edit does not reach the first layer"
+            return self._reaches_cross_attention(site)
         if bool((moved & ~shown).any()) and bool(shown.any()):
             return f"an edit moves {int((moved & ~shown).sum())} positions without image"
         # image tokens that show nothing of the picture (row ends) are no rows of the projector
@@ -271,6 +290,20 @@ class _Walk:
         if bool(shown.any()) and int(moved.sum()) not in (int(shown.sum()), rows):
             return f"an edit moves {int(moved.sum())} of {int(shown.sum())} image tokens"
         return OK
+
+    def _reaches_cross_attention(self, site: str) -> str:
+        """Where images come by cross-attention there is nothing in the first layer to reach: the
+        first layer that looks at them is asked, whose input must stay."""
+        blocks = [self.model.get_submodule(b.path) for b in self.lens.structure.blocks]
+        crossing = [i for i, block in enumerate(blocks) if hasattr(block, "cross_attn")]
+        if not crossing:
+            return "an edit does not reach the first layer"
+        names = [_name(crossing[0], s) for s in ("resid_pre", "resid_post")]
+        _, before = self.lens.run_with_cache(self.image, names_filter=names)
+        with self.lens.hooks([(site, lambda act, hook: act * 0.5 + 0.25)]):
+            _, after = self.lens.run_with_cache(self.image, names_filter=names)
+        pre, post = (_gap(before[name], after[name]) for name in names)
+        return OK if pre == 0 < post else f"an edit moves its cross-attention's input by {pre:.1g}"
 
     def _projector_rows(self, site: str) -> int:
         _, cache = self.lens.run_with_cache(self.image, names_filter=site)
@@ -280,12 +313,17 @@ class _Walk:
         site, first = "vision_projector.hook_out", _name(0, "resid_pre")
         if site not in self.lens.registry:
             return "no projector"
+        if image_token(self.model.config) is None:
+            return "its image tokens have no id of their own, so il.image finds none"
+        if any("cross_attn" in path for path, _ in self.model.get_decoder().named_modules()):
+            return "its images come by cross-attention: no position of the text shows one"
         shown = torch.nonzero(self.image["input_ids"][0] == image_token(self.model.config))[:, 0]
         _, before = self.lens.run_with_cache(self.image, names_filter=first)
         for column in sorted({int(shown[0]), int(shown[len(shown) // 2]), int(shown[-1])}):
             with self.lens.edit(il.Zero(), at=il.positions([column]), site=site):
                 _, after = self.lens.run_with_cache(self.image, names_filter=first)
-            moved = torch.nonzero((after[first] - before[first]).abs().amax(-1)[0])[:, 0].tolist()
+            change = (after[first] - before[first])[0].flatten(1).abs().amax(-1)
+            moved = torch.nonzero(change)[:, 0].tolist()
             if moved != [column]:
                 return (
                     f"zeroing the image token at {column} moves {moved[:4]} ({len(moved)} of them)"
@@ -315,7 +353,13 @@ class _Walk:
             return f"latents differ from recomputation by {gap:.1g}"
         return OK if own == written else f"wrote {own} instead of {written}"
 
+    def _text_latent(self) -> str:
+        return self._latent(self.text) if self.text else "its forward asks for an image"
+
     def _path_gap(self) -> str:
+        beside = set(self.image) & {"cross_attention_mask", "image_attention_mask"}
+        if beside:
+            return f"a run cannot be read again: {', '.join(sorted(beside))} would not go on"
         gap = controls.path_gap(self.lens, self._run(self.image))
         self.row.notes["path_gap"] = f"{gap:.1e}"
         return OK if gap < CLOSE_ENOUGH else f"generating and reading differ by {gap:.1g}"
@@ -328,9 +372,36 @@ class _Walk:
             alone = self._run(inputs)
             gap = _gap(together.latents[i], alone.latents[0])
             if not gap < CLOSE_ENOUGH:
-                return f"latents of row {i} differ by {gap:.1g} from the row alone"
+                return self._not_alone(rows, f"latents of row {i} differ by {gap:.1g}")
             if together.texts[i] != alone.texts[0]:
                 return f"row {i} writes something else than alone"
+        return OK
+
+    def _not_alone(self, rows: list[Inputs], said: str) -> str:
+        """Whether a row that is not as alone is our doing, or its class reads it so without us."""
+        logits = _forward(self.model, stacked(rows))
+        for row, inputs in enumerate(rows):
+            alone = _forward(self.model, inputs)
+            if _gap(logits[row, -alone.shape[1] :], alone[0]) > CLOSE_ENOUGH:
+                return "its class, without us, reads a row of this batch, as packed, not as alone"
+        return f"{said} from the row alone"
+
+    def _sizes(self) -> str:
+        """Two images in one prompt, of two sizes, beside a prompt with one: as each alone."""
+        try:
+            other, _ = found_image_inputs(self.model, 1, rows=4, cols=2)
+            two = side_by_side(self.image, other)
+            _forward(self.model, two)
+        except Exception as error:
+            return f"two images in one prompt are not taken as walk_inputs packs them: {error}"
+        rows = [two, other]
+        together = self._run(stacked(rows))
+        for i, inputs in enumerate(rows):
+            gap = _gap(together.latents[i], self._run(inputs).latents[0])
+            if not gap < EXACT_ALONE:
+                return self._not_alone(rows, f"latents of row {i} differ by {gap:.1g}")
+        if all(torch.equal(self.image[k], other[k]) for k in SIZE_FIELDS if k in other):
+            self.row.notes["sizes"] = "one size"
         return OK
 
 
@@ -344,6 +415,7 @@ def recomputed(model: PreTrainedModel, inputs: Inputs) -> tuple[list[int], torch
     decoder = model.get_decoder()
     while hasattr(decoder, "lm_head"):  # some accessors stop at the language model with its head
         decoder = decoder.model
+    decoder = getattr(decoder, "decoder", decoder)  # OPT calls the decoder in its model itself
     written: list[int] = []
     latents: list[torch.Tensor] = []
     where: list[int] = []
@@ -402,33 +474,99 @@ def _continued(model: PreTrainedModel, inputs: Inputs, written: list[int]) -> In
 
 
 @contextmanager
-def hooked(lens: Any, site: str, fn: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Have `fn` act at a site by plain torch hooks on its module."""
+def hooked(
+    lens: Any, site: str, fn: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs
+) -> Iterator[None]:
+    """Have `fn` act at a site by plain torch, while the model reads `inputs`."""
     found = lens.registry[site]
+    if found.kind.slot in ("mid", "stream"):
+        with _in_the_stream(lens, found, fn, inputs):
+            yield
+        return
     module = lens.model.get_submodule(found.path)
     if found.kind.slot == "output":
         handles = [module.register_forward_hook(lambda m, a, out: _put(out, fn(_first(out))))]
     else:
-        change: list[torch.Tensor] = []
 
         def at_input(m: Any, args: Any, kwargs: Any) -> Any:
             old = args[0] if args else next(iter(kwargs.values()))
             new = fn(old)
-            change[:] = [new - old]
             if args:
                 return (new, *args[1:]), kwargs
             return args, {**kwargs, next(iter(kwargs)): new}
 
         handles = [module.register_forward_pre_hook(at_input, with_kwargs=True)]
-        if found.kind.slot == "mid":
-            block = lens.model.get_submodule(found.block)
-            behind = lambda m, a, out: _put(out, _first(out) + change[0])  # noqa: E731
-            handles.append(block.register_forward_hook(behind))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _in_the_stream(
+    lens: Any, found: Any, fn: Callable[[torch.Tensor], torch.Tensor], inputs: Inputs
+) -> Iterator[None]:
+    """`fn` on the stream between two sublayers, or on what one of them adds to it.
+
+    The stream between them is changed where it is made: the operation whose result enters the
+    second sublayer returns the changed result, whoever reads it. No module is trusted with it.
+    """
+    before, stream = _around(lens, found, inputs)
+    whole = stream.reshape(before.shape)
+    if found.kind.part == "mlp_out":
+        block = lens.model.get_submodule(found.block)
+        behind = lambda m, a, out: _put(out, whole + fn(_first(out) - whole))  # noqa: E731
+        handle = block.register_forward_hook(behind)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    rest = before if found.kind.part == "attn_out" else torch.zeros_like(whole)
+    with _Remade(stream, (rest + fn(whole - rest)).reshape(stream.shape)):
+        yield
+
+
+def _around(lens: Any, found: Any, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters a block, and what enters its second sublayer."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def entering(path: str) -> Any:
+        def keep(module: Any, args: Any, kwargs: Any) -> None:
+            seen[path] = _first(args or next(iter(kwargs.values()))).clone()
+
+        module = lens.model.get_submodule(path)
+        return module.register_forward_pre_hook(keep, with_kwargs=True)
+
+    handles = [entering(path) for path in (found.block, found.path)]
+    try:
+        _forward(lens.model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[found.block], seen[found.path]
+
+
+class _Remade(TorchFunctionMode):
+    """The first operation whose result has these values returns others."""
+
+    def __init__(self, wanted: torch.Tensor, instead: torch.Tensor) -> None:
+        super().__init__()
+        self.wanted, self.instead, self.done = wanted, instead, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.done or not isinstance(result, torch.Tensor):
+            return result
+        if result.numel() != self.wanted.numel() or result.dtype != self.wanted.dtype:
+            return result
+        if result.shape[-1] != self.wanted.shape[-1]:
+            return result
+        self.done = torch.equal(result.reshape(self.wanted.shape), self.wanted)
+        return self.instead.reshape(result.shape) if self.done else result
 
 
 class _Ban(LogitsProcessor):
@@ -464,6 +602,10 @@ class _Double(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         if func is torch.Tensor.__setitem__ and isinstance(args[2], torch.Tensor):
             args = (*args[:2], args[2].to(args[0].dtype))
+        if func is torch.full and kwargs.get("dtype") is None:
+            value = kwargs["fill_value"] if "fill_value" in kwargs else args[1]
+            if isinstance(value, float):  # the least float64 as a mask does not fit float32
+                kwargs["dtype"] = torch.float64
         if double and func is nn.functional.grid_sample:
             args = (args[0], args[1].double(), *args[2:])
         return func(*args, **kwargs)
@@ -489,9 +631,13 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew, loud enough that every image cell reaches the logits."""
+    """Draw every parameter anew, loud enough that every image cell reaches the logits; and factors
+    kept as buffers, whose start of 1 would hide that they are there."""
     generator = torch.Generator().manual_seed(seed)
     seen = set()
+    for name, buffer in model.named_buffers():
+        if name.endswith("scalar"):
+            buffer.mul_(1 + 0.2 * torch.rand(buffer.shape, generator=generator))
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter in seen or not parameter.is_floating_point():
@@ -527,11 +673,24 @@ def _name(layer: int, site: str) -> str:
 
 
 def _first(value: Any) -> torch.Tensor:
-    return value[0] if isinstance(value, tuple) else value
+    """The tensor that a value is about; of a vision tower's output what the text model reads."""
+    if isinstance(value, ModelOutput):
+        value = value[_read_by_text(value)]
+    return value[0] if isinstance(value, tuple | list) else value
 
 
 def _put(value: Any, act: torch.Tensor) -> Any:
-    return (act, *value[1:]) if isinstance(value, tuple) else act
+    if isinstance(value, ModelOutput):
+        changed = copy.copy(value)
+        key = _read_by_text(value)
+        changed[key] = _put(value[key], act)
+        return changed
+    return type(value)([act, *value[1:]]) if isinstance(value, tuple | list) else act
+
+
+def _read_by_text(value: ModelOutput) -> str:
+    pooled = getattr(value, "pooler_output", None)
+    return "last_hidden_state" if pooled is None else "pooler_output"
 
 
 def _gap(one: Any, two: Any) -> float:

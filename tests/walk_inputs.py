@@ -18,6 +18,7 @@ Inputs = dict[str, torch.Tensor]
 ROWS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 # beside the ids, what has one entry per token
 ALONG_ROW = (*ROWS, "cross_attention_mask", "image_attention_mask", "image_embeds_position_mask")
+SIZE_FIELDS = ("image_grid_thw", "image_grid_hw", "spatial_shapes", "target_sizes")
 TEXT = ((111, 127, 135, 144, 152), (163, 119, 133))  # before and after the image
 
 
@@ -33,10 +34,16 @@ class Geometry:
     tiles: int
 
 
-def found_image_inputs(model: PreTrainedModel, seed: int) -> tuple[Inputs, list[str]]:
-    """One prompt with one image that the model accepts, and why other ways were refused."""
+def found_image_inputs(
+    model: PreTrainedModel, seed: int, *, rows: int = 2, cols: int = 3
+) -> tuple[Inputs, list[str]]:
+    """One prompt with one image that the model accepts, and why other ways were refused.
+
+    Args:
+        rows, cols: merged patches of the image, where the model takes any number.
+    """
     refused = []
-    for way, pixels in _ways(model, seed):
+    for way, pixels in _ways(model, seed, (rows, cols)):
         try:
             inputs = _with_tokens(model, pixels)
             with torch.no_grad():
@@ -45,7 +52,9 @@ def found_image_inputs(model: PreTrainedModel, seed: int) -> tuple[Inputs, list[
             refused.append(f"{way}: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
         else:
             return inputs, refused
-    raise ValueError(" | ".join(refused) or "forward takes no pixels")
+    if not refused:
+        raise ValueError("its forward takes no pixels")
+    raise ValueError(f"none of {len(refused)} ways to pack an image is taken; {refused[0]}")
 
 
 def text_inputs(model: PreTrainedModel, seed: int = 0, n: int = 12) -> Inputs:
@@ -76,6 +85,15 @@ def stacked(rows: list[Inputs]) -> Inputs:
         else:
             batch[name] = torch.cat(parts)
     return batch
+
+
+def side_by_side(one: Inputs, two: Inputs) -> Inputs:
+    """One prompt with the images of two, one behind the other."""
+    joined = stacked([one, two])
+    for name in ALONG_ROW:
+        if name in one:
+            joined[name] = torch.cat([one[name], two[name]], dim=1)
+    return joined
 
 
 def lengthened(inputs: Inputs, n: int) -> Inputs:
@@ -157,7 +175,9 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 # ---- ways to pack an image -------------------------------------------------------------------
 
 
-def _ways(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Inputs]]:
+def _ways(
+    model: PreTrainedModel, seed: int, shape: tuple[int, int]
+) -> Iterator[tuple[str, Inputs]]:
     names = set(inspect.signature(model.forward).parameters)
     names |= set(inspect.signature(model.base_model.forward).parameters)
     g = geometry(model.config)
@@ -167,7 +187,7 @@ def _ways(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, Inputs]]:
     def pixels(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    rows, cols = 2 * g.merge, 3 * g.merge
+    rows, cols = (side * g.merge for side in shape)
     n, depth = rows * cols, g.channels * g.patch**2
     grid = torch.tensor([[1, rows, cols]])
     square, size = pixels(1, g.channels, g.side, g.side), torch.tensor([[g.side, g.side]])
@@ -318,7 +338,12 @@ def _with_tokens(model: PreTrainedModel, pixels: Inputs) -> Inputs:
 def image_token(config: PreTrainedConfig) -> int | None:
     """The id of the token that image features are written over."""
     for part in (config, getattr(config, "vision_config", None)):
-        for name in ("image_token_id", "image_token_index", "media_placeholder_token_id"):
+        for name in (
+            "image_token_id",
+            "image_token_index",
+            "media_placeholder_token_id",
+            "video_token_index",
+        ):
             value = getattr(part, name, None)
             if isinstance(value, int):
                 return value

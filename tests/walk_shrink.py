@@ -130,7 +130,7 @@ def _shrink(config: PreTrainedConfig, ids: Mapping[int, int]) -> dict[str, Any]:
             small[name] = _shrink(inner, ids)
         elif value is None and name in _OPTIONAL and name in type(config).sub_configs:
             small[name] = _shrink(type(config).sub_configs[name](), ids)
-        elif value is None and name in ("image_token_id", "image_token_index"):
+        elif value is None and name in ("image_token_id", "image_token_index", "video_token_index"):
             small[name] = IMAGE_ID
         elif name == "per_layer_config" and isinstance(value, dict):
             small[name] = _of_layers(value, ids, keep)

@@ -16,6 +16,7 @@ _HOME = {
     "imaginelens.hooks": (
         "ActivationCache",
         "AddNoise",
+        "Behaviour",
         "BlankImage",
         "BlurImage",
         "CheckpointError",
@@ -29,22 +30,26 @@ _HOME = {
         "FAMILIES",
         "FirstRepeat",
         "Force",
+        "Forget",
         "HookNameError",
         "HookRegistry",
         "ImagineLensError",
         "InputEdit",
         "InputError",
+        "Knockout",
         "Landing",
         "LatentModel",
         "LatentSpec",
         "Mean",
         "Metric",
+        "Mixture",
         "Noise",
         "NoiseImage",
         "OccludeCells",
         "Pairs",
         "PasteRegion",
         "PatchResult",
+        "PixelEdit",
         "PositionError",
         "Project",
         "Replace",
@@ -64,14 +69,19 @@ _HOME = {
         "TextSpec",
         "TokenMap",
         "Truncate",
+        "VocabSpec",
         "Zero",
         "accuracy",
+        "after",
         "always_emitters",
         "answer",
         "answers",
         "base_answer",
         "before_answer",
+        "deciding",
         "flip",
+        "format",
+        "generated",
         "get_act_name",
         "image",
         "imagination",
@@ -80,8 +90,12 @@ _HOME = {
         "latent",
         "log_prob",
         "logit_diff",
+        "markers",
+        "onward",
         "positions",
         "prob",
+        "register_family",
+        "register_structure",
         "source_answer",
         "span",
         "text",
@@ -111,6 +125,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import FAMILIES as FAMILIES
     from imaginelens.hooks import ActivationCache as ActivationCache
     from imaginelens.hooks import AddNoise as AddNoise
+    from imaginelens.hooks import Behaviour as Behaviour
     from imaginelens.hooks import BlankImage as BlankImage
     from imaginelens.hooks import BlurImage as BlurImage
     from imaginelens.hooks import CheckpointError as CheckpointError
@@ -123,22 +138,26 @@ if TYPE_CHECKING:
     from imaginelens.hooks import EditTouchedNothing as EditTouchedNothing
     from imaginelens.hooks import FirstRepeat as FirstRepeat
     from imaginelens.hooks import Force as Force
+    from imaginelens.hooks import Forget as Forget
     from imaginelens.hooks import HookNameError as HookNameError
     from imaginelens.hooks import HookRegistry as HookRegistry
     from imaginelens.hooks import ImagineLensError as ImagineLensError
     from imaginelens.hooks import InputEdit as InputEdit
     from imaginelens.hooks import InputError as InputError
+    from imaginelens.hooks import Knockout as Knockout
     from imaginelens.hooks import Landing as Landing
     from imaginelens.hooks import LatentModel as LatentModel
     from imaginelens.hooks import LatentSpec as LatentSpec
     from imaginelens.hooks import Mean as Mean
     from imaginelens.hooks import Metric as Metric
+    from imaginelens.hooks import Mixture as Mixture
     from imaginelens.hooks import Noise as Noise
     from imaginelens.hooks import NoiseImage as NoiseImage
     from imaginelens.hooks import OccludeCells as OccludeCells
     from imaginelens.hooks import Pairs as Pairs
     from imaginelens.hooks import PasteRegion as PasteRegion
     from imaginelens.hooks import PatchResult as PatchResult
+    from imaginelens.hooks import PixelEdit as PixelEdit
     from imaginelens.hooks import PositionError as PositionError
     from imaginelens.hooks import Project as Project
     from imaginelens.hooks import Replace as Replace
@@ -158,14 +177,19 @@ if TYPE_CHECKING:
     from imaginelens.hooks import TextSpec as TextSpec
     from imaginelens.hooks import TokenMap as TokenMap
     from imaginelens.hooks import Truncate as Truncate
+    from imaginelens.hooks import VocabSpec as VocabSpec
     from imaginelens.hooks import Zero as Zero
     from imaginelens.hooks import accuracy as accuracy
+    from imaginelens.hooks import after as after
     from imaginelens.hooks import always_emitters as always_emitters
     from imaginelens.hooks import answer as answer
     from imaginelens.hooks import answers as answers
     from imaginelens.hooks import base_answer as base_answer
     from imaginelens.hooks import before_answer as before_answer
+    from imaginelens.hooks import deciding as deciding
     from imaginelens.hooks import flip as flip
+    from imaginelens.hooks import format as format
+    from imaginelens.hooks import generated as generated
     from imaginelens.hooks import get_act_name as get_act_name
     from imaginelens.hooks import image as image
     from imaginelens.hooks import imagination as imagination
@@ -174,8 +198,12 @@ if TYPE_CHECKING:
     from imaginelens.hooks import latent as latent
     from imaginelens.hooks import log_prob as log_prob
     from imaginelens.hooks import logit_diff as logit_diff
+    from imaginelens.hooks import markers as markers
+    from imaginelens.hooks import onward as onward
     from imaginelens.hooks import positions as positions
     from imaginelens.hooks import prob as prob
+    from imaginelens.hooks import register_family as register_family
+    from imaginelens.hooks import register_structure as register_structure
     from imaginelens.hooks import source_answer as source_answer
     from imaginelens.hooks import span as span
     from imaginelens.hooks import text as text

@@ -37,11 +37,12 @@ def built(strings: tuple[str, ...], kind: str = "qwen2_5_vl") -> Any:
         return tiny.fresh(kind)
 
 
-def lens_of(spec: il.LatentSpec, **options: Any) -> il.LatentModel:
-    return il.LatentModel(*built(strings_of(spec.name)), spec=spec, **options)
+def lens_of(spec: il.LatentSpec, *, kind: str = "qwen2_5_vl", **options: Any) -> il.LatentModel:
+    return il.LatentModel(*built(strings_of(spec.name), kind), spec=spec, **options)
 
 
 def example(i: int = 0) -> dict[str, Any]:
+    """An input for any of the Qwens, which all show where an image goes in the same way."""
     texts = ("what colour?", "where is the red cube?", "how many cats are there now?")
     sizes = ((48, 32), (24, 40), (40, 40))
     return {"images": tiny.image(*sizes[i], seed=i), "text": tiny.prompt("qwen2_5_vl", texts[i])}
@@ -167,8 +168,17 @@ LOOPS: dict[str, loops.Loop] = {
     "mirage-release": partial(loops.mirage_release, max_latent_len=CAP),
     "ilvr": partial(loops.ilvr, latent_size=CAP),
     "skila": partial(loops.skila, quota=CAP),
-    "swimbird": partial(loops.skila, quota=CAP),
+    "swimbird": partial(loops.swimbird, max_latent_token=2),
 }
+CAPS = {name: 4 if name == "swimbird" else CAP for name in LOOPS}  # its loop feeds twice as many
+
+
+def loop_of(name: str, steps: int) -> loops.Loop:
+    """The reference loop of a family that feeds up to so many latents in a span."""
+    keyword = next(iter(LOOPS[name].keywords))
+    return partial(LOOPS[name].func, **{keyword: steps // 2 if name == "swimbird" else steps})
+
+
 PLANS: dict[str, dict[int, str]] = {
     "never": {},
     "cap": {1: "open"},
@@ -182,6 +192,8 @@ PLANS: dict[str, dict[int, str]] = {
     "eos inside": {1: "open", 3: "eos"},
     "eos inside, then outside": {1: "open", 4: "eos", 8: "eos"},
     "eos at the cap": {1: "open", 5: "eos"},
+    "close at a cap of four": {1: "open", 6: "close"},
+    "eos at a cap of four": {1: "open", 6: "eos"},
     "pad outside": {1: "pad", 2: "open"},
     "close outside": {1: "close", 2: "open"},
     "cut by length": {11: "open"},
@@ -191,6 +203,7 @@ REOPENING: dict[str, dict[int, str]] = {
     "open inside": {1: "open", 3: "open"},
     "open twice": {1: "open", 2: "open"},
     "open at the cap": {1: "open", 5: "open"},
+    "open at a cap of four": {1: "open", 6: "open"},
 }
 MAX_NEW = 14
 
@@ -206,7 +219,8 @@ CASES.remove(("mirage-release", "close outside"))
 
 @pytest.mark.parametrize(("name", "plan"), CASES)
 def test_each_loop_equals_its_reference(name: str, plan: str) -> None:
-    lens, steps = lens_of(il.FAMILIES[name].with_steps(CAP)), (PLANS | REOPENING)[plan]
+    lens = lens_of(il.FAMILIES[name].with_steps(CAPS[name]))
+    steps = (PLANS | REOPENING)[plan]
     run = planned(lens, example(), [steps], MAX_NEW, keep_logits=True)
     assert_same(run, judged(lens, example(), steps, MAX_NEW, LOOPS[name]))
     assert controls.path_gap(lens, run) < 1e-9
@@ -240,20 +254,37 @@ def test_the_numbers_of_steps_that_were_released(name: str, steps: int) -> None:
     assert [s.ended_by for s in run.trigger.spans] == ["cap"]
     if steps > 16:
         return  # full recomputation is quadratic
-    keyword = next(iter(LOOPS[name].keywords))
-    loop = partial(LOOPS[name].func, **{keyword: steps})
-    assert_same(run, judged(lens, example(), {0: "open"}, steps + 4, loop))
+    assert_same(run, judged(lens, example(), {0: "open"}, steps + 4, loop_of(name, steps)))
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_batch_equals_the_reference_row_by_row(name: str) -> None:
     """Rows that open at different steps, close early, twice or never, with other pictures."""
-    lens = lens_of(il.FAMILIES[name].with_steps(CAP))
+    lens = lens_of(il.FAMILIES[name].with_steps(CAPS[name]))
     given = [example(i) for i in range(3)]
     plans = [{1: "open", 3: "close", 5: "open"}, {3: "open", 5: "eos", 10: "eos"}, {}]
     run = planned(lens, given, plans, MAX_NEW)
     for row, one in enumerate(given):
         assert_same(run, judged(lens, one, plans[row], MAX_NEW, LOOPS[name]), row)
+
+
+@pytest.mark.parametrize("plan", PLANS | REOPENING)
+def test_swimbird_equals_its_reference_on_its_own_class(plan: str) -> None:
+    """Its released model is a Qwen3-VL, which adds image features between layers (deepstack)."""
+    lens = lens_of(il.FAMILIES["swimbird"].with_steps(CAPS["swimbird"]), kind="qwen3_vl")
+    steps = (PLANS | REOPENING)[plan]
+    run = planned(lens, example(), [steps], MAX_NEW, keep_logits=True)
+    assert_same(run, judged(lens, example(), steps, MAX_NEW, LOOPS["swimbird"]))
+    assert controls.path_gap(lens, run) < 1e-9
+
+
+def test_a_batch_of_swimbird_equals_the_reference_on_its_own_class() -> None:
+    lens = lens_of(il.FAMILIES["swimbird"].with_steps(CAPS["swimbird"]), kind="qwen3_vl")
+    given = [example(i) for i in range(3)]
+    plans = [{1: "open", 3: "close", 5: "open"}, {3: "open", 5: "eos", 10: "eos"}, {}]
+    run = planned(lens, given, plans, MAX_NEW)
+    for row, one in enumerate(given):
+        assert_same(run, judged(lens, one, plans[row], MAX_NEW, LOOPS["swimbird"]), row)
 
 
 @pytest.mark.parametrize("kind", ["simple", "glu"])
@@ -553,9 +584,10 @@ def write(
     extras: Mapping[str, torch.Tensor] | None = None,
     legacy: bool = False,
     shards: int = 1,
+    kind: str = "qwen2_5_vl",
 ) -> il.LatentModel:
     """Write a checkpoint as training would leave it; gives the model it was written from."""
-    model, processor = built(strings)
+    model, processor = built(strings, kind)
     config = type(model.config).from_dict(model.config.to_dict() | dict(keys))
     config.dtype = torch.float64
     config.save_pretrained(folder)
@@ -593,11 +625,23 @@ def test_a_folder_is_recognised_and_reproduces_its_latents(
     steps = {"skila": 4, "swimbird": 4}.get(name, spec.max_steps)
     assert lens.spec == spec.with_steps(steps)
     assert all(torch.equal(v, lens.model.state_dict()[k]) for k, v in model.state_dict().items())
-    keyword = next(iter(LOOPS[name].keywords))
-    loop = partial(LOOPS[name].func, **{keyword: steps})
     run = planned(lens, example(), [{1: "open"}], steps + 5)
     assert run.trigger.emitted == (steps,)
-    assert_same(run, judged(lens, example(), {1: "open"}, steps + 5, loop))
+    assert_same(run, judged(lens, example(), {1: "open"}, steps + 5, loop_of(name, steps)))
+
+
+def test_a_folder_of_swimbird_of_its_own_class_reproduces_its_latents(tmp_path: Path) -> None:
+    """The ids of `keys_of` are those of the tiny tokenizer, which is the same for both classes."""
+    strings = strings_of("swimbird")
+    model = write(tmp_path, strings, keys_of("swimbird"), kind="qwen3_vl")
+    lens = il.load(tmp_path, dtype=torch.float64)
+    assert type(lens.model) is hf.Qwen3VLForConditionalGeneration
+    assert lens.spec == il.FAMILIES["swimbird"].with_steps(4)  # twice max_latent_token
+    assert all(torch.equal(v, lens.model.state_dict()[k]) for k, v in model.state_dict().items())
+    plan = {1: "open", 7: "open", 9: "close"}
+    run = planned(lens, example(), [plan], MAX_NEW)
+    assert run.trigger.emitted == (5,)
+    assert_same(run, judged(lens, example(), plan, MAX_NEW, LOOPS["swimbird"]))
 
 
 @pytest.mark.parametrize("kind", ["simple", "glu"])
@@ -817,8 +861,8 @@ def test_full_size_models_resolve_every_site(name: str) -> None:
     assert found == IDS[name]
     assert lens.registry.table.unavailable == {}
     layers, blocks = (36, 27) if name == "swimbird" else (28, 32)
-    # 12 sites a layer, 5 around them, one a vision block, the projector
-    assert len(lens.registry) == 12 * layers + 5 - 1 + blocks + 1
+    # 14 sites a layer, 5 around them, one a vision block, the projector
+    assert len(lens.registry) == 14 * layers + 5 - 1 + blocks + 1
     paths = {site.path for site in lens.registry.values()}
     assert all(model.get_submodule(path) is not None for path in paths)
     assert lens.describe().family.startswith(f"{name}: ")

@@ -15,6 +15,7 @@ KNOWN = [
     "ln_final.hook_normalized",
 ]  # fmt: skip
 IN_BLOCKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z",
+             "rot_q", "rot_k",
              "pattern", "pre", "post")  # fmt: skip
 
 

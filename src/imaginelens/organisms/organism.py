@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging
 
-from imaginelens.hooks import FAMILIES, CheckpointError, LatentModel, LatentSpec, Pairs, TextSpec
+from imaginelens.hooks import FAMILIES, CheckpointError, LatentModel, Pairs
 from imaginelens.hooks.answers import AnswerFinder
+from imaginelens.hooks.families import Family
 from imaginelens.hooks.pairs import Example, Steps
 from imaginelens.organisms import hunt
 from imaginelens.organisms.checkpoint import available, card, folder
@@ -55,7 +56,7 @@ def load(
     name: str | Path,
     *,
     answer: AnswerFinder | None = None,
-    spec: LatentSpec | TextSpec | Literal[False] | None = None,
+    spec: Family | str | Literal[False] | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
@@ -67,7 +68,7 @@ def load(
     Args:
         answer: finds the answer in what the model writes, e.g. `il.answers.boxed`; organisms bring
             their own.
-        spec: the latent family, where it is not recognised; `False` is none.
+        spec: the latent family or its name, where it is not recognised; `False` is none.
         dtype: organisms open in float32 unless you say otherwise.
 
     Raises:
