@@ -183,21 +183,29 @@ def find_sites(model: PreTrainedModel, structure: Structure) -> SiteTable:
         for i, block in enumerate(structure.blocks):
             _add_block(table, model, structure, kind, block, i)
     blocks, projector = VISION_KINDS
-    codes = [path for path, _ in model.named_modules() if path.endswith(_CODEBOOKS)]
-    why = (
-        f"its pictures become ids of a codebook ({codes[0]}) that are looked up like words, so "
-        "nothing is projected; edit blocks.0.hook_resid_pre at il.image instead"
-        if codes
-        else f"{table.model} has no module that is known to project its images; if one does, "
-        f"il.register_structure({model.config.model_type!r}, projector=...)"
-    )
     for i, path in enumerate(structure.vision_blocks):
         _add(table, blocks, blocks.name.format(i=i), path, layer=i)
     if not structure.vision_blocks:
         name = blocks.name.format(i=0)
         table.unavailable[name] = "no vision tower was found, so read the text sites instead"
+    why = _why_nothing_projects(model, structure)
     _add(table, projector, projector.name, structure.projector, why=why)
     return table
+
+
+def _why_nothing_projects(model: PreTrainedModel, structure: Structure) -> str:
+    codes = [path for path, _ in model.named_modules() if path.endswith(_CODEBOOKS)]
+    if codes:
+        return (
+            f"its pictures become ids of a codebook ({codes[0]}) that are looked up like words, so "
+            "nothing is projected; edit blocks.0.hook_resid_pre at il.image instead"
+        )
+    if structure.vision is None and structure.image_token_id is None:
+        return "it takes no images, as far as its parts and its config tell"
+    return (
+        f"{type(model).__name__} has no module that is known to project its images; if one does, "
+        f"il.register_structure({model.config.model_type!r}, projector=...)"
+    )
 
 
 def _add(

@@ -745,7 +745,7 @@ def test_a_coconut_folder_is_recognised_and_reproduces_its_latents(
     run = lens.run(given, max_new_tokens=MAX_NEW)
     for row, one in enumerate(given):
         assert_same(run, coconut_trace(coconut_lens(kind), one), row)
-    assert "opened by '<|start-latent|>' (prompt)" in str(lens.describe())
+    assert "coconut: one for each '<|latent|>' of the prompt" in str(lens.describe())
 
 
 def test_sim_cot_is_told_by_name_or_by_its_config(tmp_path: Path) -> None:
