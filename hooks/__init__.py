@@ -3,6 +3,7 @@
 from imaginelens.hooks import answers as answers
 from imaginelens.hooks.behaviour import Behaviour as Behaviour
 from imaginelens.hooks.cache import ActivationCache as ActivationCache
+from imaginelens.hooks.depth import DepthSpec as DepthSpec
 from imaginelens.hooks.edits import AddNoise as AddNoise
 from imaginelens.hooks.edits import Constant as Constant
 from imaginelens.hooks.edits import Edit as Edit
@@ -39,9 +40,11 @@ from imaginelens.hooks.inputs import PasteRegion as PasteRegion
 from imaginelens.hooks.inputs import SwapImage as SwapImage
 from imaginelens.hooks.inputs import SwapInstance as SwapInstance
 from imaginelens.hooks.inputs import SwapText as SwapText
+from imaginelens.hooks.insertion import Insertion as Insertion
 from imaginelens.hooks.knockout import Forget as Forget
 from imaginelens.hooks.knockout import Knockout as Knockout
 from imaginelens.hooks.landing import Landing as Landing
+from imaginelens.hooks.media import VideoGrid as VideoGrid
 from imaginelens.hooks.metrics import Metric as Metric
 from imaginelens.hooks.metrics import accuracy as accuracy
 from imaginelens.hooks.metrics import base_answer as base_answer
@@ -59,11 +62,13 @@ from imaginelens.hooks.patching import PatchResult as PatchResult
 from imaginelens.hooks.pixels import PixelEdit as PixelEdit
 from imaginelens.hooks.positions import after as after
 from imaginelens.hooks.positions import answer as answer
+from imaginelens.hooks.positions import audio as audio
 from imaginelens.hooks.positions import before_answer as before_answer
 from imaginelens.hooks.positions import deciding as deciding
 from imaginelens.hooks.positions import format as format
 from imaginelens.hooks.positions import generated as generated
 from imaginelens.hooks.positions import image as image
+from imaginelens.hooks.positions import inserted as inserted
 from imaginelens.hooks.positions import last_prompt as last_prompt
 from imaginelens.hooks.positions import latent as latent
 from imaginelens.hooks.positions import markers as markers
@@ -71,10 +76,13 @@ from imaginelens.hooks.positions import onward as onward
 from imaginelens.hooks.positions import positions as positions
 from imaginelens.hooks.positions import span as span
 from imaginelens.hooks.positions import text as text
+from imaginelens.hooks.positions import video as video
 from imaginelens.hooks.registering import register_structure as register_structure
 from imaginelens.hooks.registry import HookRegistry as HookRegistry
 from imaginelens.hooks.run import Run as Run
 from imaginelens.hooks.run import always_emitters as always_emitters
+from imaginelens.hooks.sketchpad import Cue as Cue
+from imaginelens.hooks.sketchpad import Sketcher as Sketcher
 from imaginelens.hooks.spec import Force as Force
 from imaginelens.hooks.spec import LatentSpec as LatentSpec
 from imaginelens.hooks.spec import Skip as Skip

@@ -26,6 +26,10 @@ Hook = Callable[[torch.Tensor], torch.Tensor]
 ReadHook = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 Inside = dict[str, Any]  # by slot: a Hook; at "read_k" and "read_v" a ReadHook
 
+# Tensors that classes pass on to whatever attention function there is, and that say nothing of who
+# sees whom beyond the mask.
+_NOT_OF_ATTENTION = ("position_ids", "cache_position", "image_sizes", "logits_to_keep")
+
 _ACTIVE: dict[int, Inside] = {}  # by id of the attention module
 
 
@@ -45,6 +49,7 @@ def _pattern_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out. The classes' own eager versions round to float32 also in float64,
@@ -54,6 +59,9 @@ def _pattern_attention(
             f"{type(module).__name__} has attention sinks, which hook_pattern and il.Knockout do "
             "not model; edit hook_z instead"
         )
+    _check_known(module, kwargs)
+    if indices is not None:
+        attention_mask = _sparse(query, key, attention_mask, indices)
     hooks = _ACTIVE.get(id(module), {})
     query, key = _shown(hooks, "rot_q", query), _shown(hooks, "rot_k", key)
     repeats = query.shape[1] // key.shape[1]
@@ -82,6 +90,29 @@ def _pattern_attention(
     if read is not None:
         mixed = mixed + pattern * read[1][:, None] @ of_heads(read[0] - value)
     return mixed.transpose(1, 2).contiguous(), pattern
+
+
+def _check_known(module: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse what a class would have its attention use beyond queries, keys, values and a mask."""
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and name not in _NOT_OF_ATTENTION:
+            raise SiteUnavailable(
+                f"{type(module).__name__} gives its attention the tensor {name!r}, which the "
+                "attention written out here does not know, so that hook_pattern, hook_rot_q, "
+                "hook_rot_k and il.Knockout would be of another; edit hook_z instead"
+            )
+
+
+def _sparse(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, indices: torch.Tensor
+) -> torch.Tensor:
+    """The mask of sparse attention, from the keys (example, query, key number) that each query
+    keeps; classes with an indexer write it into the mask for attention functions they know."""
+    n_rows, n_queries, n_keys = len(indices), query.shape[2], key.shape[2]
+    hidden = indices.new_ones(n_rows, n_queries, n_keys, dtype=torch.bool)
+    hidden = hidden.scatter(-1, indices.long(), False)[:, None]
+    mask = torch.zeros_like(hidden, dtype=query.dtype) if mask is None else mask
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def _shown(hooks: Inside, slot: str, value: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from imaginelens.hooks.tokens import TokenMap
+from imaginelens.hooks.tokens import Kind, TokenMap
 
 # Types whose tokens count from 1, and whose forward tells prompt from answer by `token_type_ids`:
 # neither can be read off a signature.
@@ -61,7 +61,8 @@ class Behaviour:
             return column >= tokens.prompt_width
         if self.looks_ahead == "images":
             before, behind = tokens.image[:, column - 1], tokens.image[:, column]
-            return not bool(np.any((before >= 0) & (before == behind)))
+            inside = (tokens.kind[:, column - 1 : column + 1] == Kind.VIDEO).all(1)
+            return not bool(np.any(inside | (before >= 0) & (before == behind)))
         return True
 
     def lines(self) -> Iterator[str]:
@@ -103,7 +104,7 @@ def find_behaviour(model: PreTrainedModel, n_layers: int) -> Behaviour:
     return Behaviour(
         mrope=hasattr(model.base_model, "get_rope_index"),
         remembers=tuple(path for path, m in model.named_modules() if "rope_deltas" in vars(m)),
-        first_position=int(prefix_lm),
+        first_position=int(prefix_lm) or behind_padding(model),
         written_type=int(prefix_lm),
         looks_ahead="prompt" if prefix_lm else _looks_ahead(model, text),
         deepstack=_deepstack(model),
@@ -112,6 +113,13 @@ def find_behaviour(model: PreTrainedModel, n_layers: int) -> Behaviour:
         window=int(window) if slides and window else None,
         tied=head is not None and getattr(head, "weight", None) is embedding.weight,
     )
+
+
+def behind_padding(model: PreTrainedModel) -> int:
+    """Kosmos numbers its tokens from its padding id on, where it makes the positions itself."""
+    tables = [m for name, m in model.named_modules() if name.endswith("embed_positions")]
+    tables = [m for m in tables if hasattr(m, "create_position_ids_from_input_ids")]
+    return int(tables[0].padding_idx) + 1 if tables else 0
 
 
 def _looks_ahead(model: PreTrainedModel, text: Any) -> Literal["no", "images"]:

@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from imaginelens.hooks.behaviour import behind_padding
 from imaginelens.hooks.errors import SiteUnavailable
 
 _NONE = inspect.Parameter.empty
@@ -30,7 +31,7 @@ def by_token(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None
             f"{type(model).__name__} is an encoder-decoder: its decoder does not hold the prompt, "
             "so that no latent can be fed back behind it; read it with lens.run_with_cache(inputs)"
         )
-    with _told_of_its_kind(model):
+    with _counting_from(model, behind_padding(model)):
         if model.main_input_name == "input_ids":
             yield
         else:
@@ -39,28 +40,35 @@ def by_token(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None
 
 
 @contextmanager
-def _told_of_its_kind(model: PreTrainedModel) -> Iterator[None]:
-    """Mllama asks, for every token, whether it is an encoder-decoder; others have a default."""
-    update = model._update_model_kwargs_for_generation
-    asks = inspect.signature(update).parameters.get("is_encoder_decoder")
-    if asks is None or asks.default is not _NONE:
+def _counting_from(model: PreTrainedModel, first: int) -> Iterator[None]:
+    """A class that counts positions from its padding id where it makes them (Kosmos), and there
+    counts padding in the cache as well, is given those of its row."""
+    if not first:
         yield
         return
-    told: Any = partial(update, is_encoder_decoder=False)
-    model._update_model_kwargs_for_generation = told
+    prepare = model.prepare_inputs_for_generation
+
+    def counted(*args: Any, position_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        given: dict[str, Any] = prepare(*args, position_ids=position_ids, **kwargs)
+        own = position_ids[..., -given["input_ids"].shape[1] :]
+        return {**given, "position_ids": own + first}
+
+    instead: Any = counted
+    model.prepare_inputs_for_generation = instead
     try:
         yield
     finally:
-        del model._update_model_kwargs_for_generation
+        del model.prepare_inputs_for_generation
 
 
 @contextmanager
 def _given_its_pixels(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
-    """A class that writes through its language model alone (BLIP-2): its own forward cannot be
-    called without the pixels, not even for a token that is generated, and counts positions by the
-    mask; so it is given both."""
+    """A class that writes through its language model alone (BLIP-2, Kosmos-2): its own forward
+    cannot be called without the pixels, not even for a token that is generated, and counts
+    positions by the mask; so it is given both."""
     arguments = inspect.signature(model.forward).parameters
-    asked = {n: v for n, v in inputs.items() if n in arguments and arguments[n].default is _NONE}
+    needed = {n for n in arguments if arguments[n].default is _NONE} | {model.main_input_name}
+    asked = {n: v for n, v in inputs.items() if n in needed}
     model.main_input_name, model.input_modalities = "input_ids", ("text",)
 
     def completed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

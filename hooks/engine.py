@@ -11,6 +11,7 @@ from typing import Any
 
 import nnsight
 import torch
+from nnsight.intervention.iterator import Iterations
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -77,6 +78,16 @@ def visit(
             setattr(envoy, slot, with_first(value, new))
 
     return worker
+
+
+def at_call(worker: Worker, call: int) -> Worker:
+    """The same worker at a later call of its module within one forward, counted from 0."""
+
+    def later() -> None:
+        for _ in Iterations(call, call + 1):
+            worker()
+
+    return later
 
 
 def first_tensor(value: Any) -> torch.Tensor:

@@ -397,6 +397,9 @@ def _read_by_the_model(
         for kind, instead in (
             (Kind.LATENT, "hook_latent"),
             (Kind.IMAGE, "vision_projector.hook_out"),
+            (Kind.VIDEO, "vision_projector.hook_out"),
+            (Kind.AUDIO, "blocks.0.hook_resid_pre"),
+            (Kind.INSERTED, "blocks.0.hook_resid_pre"),
         ):
             if (kinds == kind).any():
                 raise SiteUnavailable(
@@ -407,9 +410,11 @@ def _read_by_the_model(
 
 
 def _image_slots(chunk: Chunk) -> dict[tuple[int, int], int]:
-    """The projector's row for every image token of the batch, by (row, column)."""
+    """The projector's row for every image token of the batch, by (row, column); of video tokens
+    where there are no images, which are projected first, in a call of their own."""
     tokens = chunk.tokens
-    slots = [(row, int(c)) for row in range(len(tokens)) for c in tokens.columns(row, Kind.IMAGE)]
+    kind = Kind.IMAGE if bool((tokens.kind == Kind.IMAGE).any()) else Kind.VIDEO
+    slots = [(row, int(c)) for row in range(len(tokens)) for c in tokens.columns(row, kind)]
     order = range(len(slots)) if chunk.projector_rows is None else chunk.projector_rows
     return {slot: int(i) for slot, i in zip(slots, order, strict=False)}
 
@@ -427,6 +432,11 @@ def _vision_cells(
         )
     rows, columns, ordinals = _cells(chunk, np.arange(chunk.tokens.width), at)
     where = [slots.get((int(r), int(c)), -1) for r, c in zip(rows, columns, strict=True)]
+    if -1 in where and (chunk.tokens.kind[rows, columns] == Kind.VIDEO).any():
+        raise SiteUnavailable(
+            f"{at!r} selects a video beside images, which {site.name!r} projects in a second call "
+            "that no hook sees; edit blocks.0.hook_resid_pre, or leave the images out"
+        )
     if -1 in where:
         raise SiteUnavailable(
             f"{at!r} selects positions that show no image, and {site.name!r} has only image "

@@ -16,9 +16,12 @@ import torch
 from transformers import PreTrainedModel
 
 from imaginelens.hooks import answers
+from imaginelens.hooks.depth import DepthSpec
+from imaginelens.hooks.depth_families import DEPTH_FAMILIES
 from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.hooks.heads import NearTo, OnLatents, build_head, read_extras
 from imaginelens.hooks.prompt_families import PROMPT_FAMILIES, PROMPT_RECOGNISED
+from imaginelens.hooks.sketch_family import SKETCH_FAMILIES
 from imaginelens.hooks.spec import LatentSpec, PromptStyle
 from imaginelens.hooks.textspans import CLOSE, TextSpec
 from imaginelens.hooks.unverified import NOTES, UNVERIFIED_FAMILIES
@@ -102,7 +105,7 @@ _MIRAGE = LatentSpec(
     checkpoints=("Miiche/vsp_spatial_planning_direct_sft",),
 )
 
-Family = LatentSpec | TextSpec | VocabSpec
+Family = LatentSpec | TextSpec | VocabSpec | DepthSpec
 
 FAMILIES: dict[str, Family] = {
     "organism": LatentSpec(
@@ -163,7 +166,9 @@ FAMILIES: dict[str, Family] = {
         checkpoints=("Michael4933/CapImagine-7B",),
     ),
     **PROMPT_FAMILIES,
+    **SKETCH_FAMILIES,
     **VOCAB_FAMILIES,
+    **DEPTH_FAMILIES,
     **UNVERIFIED_FAMILIES,
 }
 
@@ -283,11 +288,9 @@ def family_of(config: Any, tokenizer: Any, held: Collection[str] = ()) -> Family
             "pass spec=il.LatentSpec(...)"
         )
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    spec: Family | None = (
-        FAMILIES[name]
-        if name is not None
-        else _only(_candidates(config, vocabulary), config, vocabulary)
-    )
+    spec: Family | None = FAMILIES[name] if name is not None else in_depth(config)
+    if spec is None:
+        spec = _only(_candidates(config, vocabulary), config, vocabulary)
     if spec is None:
         return _in_words(config, tokenizer)
     if not isinstance(spec, LatentSpec):
@@ -334,6 +337,13 @@ def family_on_disk(
     return found.equip(found, model.config, weights)
 
 
+def in_depth(config: Any) -> DepthSpec | None:
+    """The family that recurs in depth, told by the type of its config."""
+    model_type = getattr(config, "model_type", None)
+    specs = [spec for spec in FAMILIES.values() if isinstance(spec, DepthSpec)]
+    return next((spec for spec in specs if model_type in spec.model_types), None)
+
+
 def _in_words(config: Any, tokenizer: Any) -> TextSpec | None:
     """The family that imagines in words, told by its Hub id or by markers that are tokens."""
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
@@ -347,7 +357,8 @@ def _in_words(config: Any, tokenizer: Any) -> TextSpec | None:
 
 def _candidates(config: Any, vocabulary: Mapping[str, int]) -> list[LatentSpec | VocabSpec]:
     """Every family whose tokens the checkpoint has, by strings, or else by config keys."""
-    specs = [s for n in _recognised if not isinstance(s := FAMILIES.get(n), TextSpec | None)]
+    others = TextSpec | DepthSpec | None
+    specs = [s for n in _recognised if not isinstance(s := FAMILIES.get(n), others)]
     whole = [spec for spec in specs if _whole(spec, config, vocabulary)]
     if whole:
         return whole

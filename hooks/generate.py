@@ -8,6 +8,7 @@ so rows of a batch open and close their spans when they like.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import nnsight
@@ -18,12 +19,15 @@ from transformers.generation import LogitsProcessorList
 
 from imaginelens.hooks import engine
 from imaginelens.hooks.entries import Chunk
+from imaginelens.hooks.insertion import Reinsertion
 from imaginelens.hooks.mixture import Mixture
 from imaginelens.hooks.registry import HookRegistry
 from imaginelens.hooks.sampling import Sampler
+from imaginelens.hooks.sketchpad import Sketch, Sketcher
 from imaginelens.hooks.spans import EndedBy, OpenedBy, SpanRecord, part_of, records, segments
 from imaginelens.hooks.spec import LatentSpec, SpanTokens
 from imaginelens.hooks.tokens import Kind, TokenMap
+from imaginelens.hooks.widening import count_on
 
 
 @dataclass
@@ -52,16 +56,25 @@ class LatentLoop:
     logits: list[torch.Tensor] = field(default_factory=list)
     forwards: int = 0
     seconds: float = 0.0
+    resume_at: int | None = None  # the first column to be read: the cache holds those before
     _z: torch.Tensor | None = None
     _read: torch.Tensor | None = None  # what the last forward was fed, or would have been
     _open: list[SpanRecord | None] = field(default_factory=list)
     _calm: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     _positions: list[torch.Tensor] = field(default_factory=list)
+    _images: list[torch.Tensor] = field(default_factory=list)  # embeddings of each row's pictures
+    _again: Reinsertion | None = None  # image tokens that come again
+    _sketches: dict[int, Sketch] = field(default_factory=dict)  # by row, while they are drawn
 
     @property
     def position_ids(self) -> torch.Tensor | None:
         """The positions the model was given, of everything it has read."""
         return torch.cat(self._positions, dim=-1) if self._positions else None
+
+    @property
+    def inserted(self) -> list[torch.Tensor] | None:
+        """The image tokens that came again in each row; None if the family has none."""
+        return None if self._again is None else self._again.kept(self.tokens)
 
     def __call__(
         self,
@@ -75,19 +88,33 @@ class LatentLoop:
         """Generate until every row has stopped; the signature is that of `generate`'s samplers."""
         started = time.perf_counter()
         n_rows = len(input_ids)
-        self.spans, self._open = records(self.tokens), [None] * n_rows
+        if self.resume_at is None:
+            self.spans, self._open = records(self.tokens), [None] * n_rows
         self._calm = np.zeros(n_rows, dtype=int)
         unfinished = torch.ones(n_rows, dtype=torch.bool, device=input_ids.device)
+        if self.spec is not None and self.spec.inserts is not None:
+            self._again = Reinsertion(self.spec.inserts)
+            kwargs["position_ids"] = count_on(kwargs["position_ids"], self.tokens)
         sampler = Sampler(generation_config, self.seed, input_ids.device)
-        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-        *earlier, last = segments(self.tokens, self.spec)
-        for columns in earlier:
-            self._forward(model, part_of(inputs, *columns, self.first_inputs), *columns)
-        inputs = part_of(inputs, *last, self.first_inputs) if earlier else inputs
-        start = last[0]
+        if self.resume_at is None:
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, is_first_iteration=True, **kwargs
+            )
+            *earlier, last = segments(self.tokens, self.spec)
+            for columns in earlier:
+                self._forward(model, part_of(inputs, *columns, self.first_inputs), *columns)
+            inputs = part_of(inputs, *last, self.first_inputs) if earlier else inputs
+            start = last[0]
+        else:
+            start = self.resume_at
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=input_ids.shape[1] - start, **kwargs
+            )
         while True:
             outputs = self._forward(model, inputs, start, input_ids.shape[1])
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+            kwargs = model._update_model_kwargs_for_generation(
+                outputs, kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+            )
             logits = outputs.logits[:, -1]
             if self.keep_logits:
                 self.logits.append(logits.detach().to(copy=True))
@@ -100,6 +127,8 @@ class LatentLoop:
             start = input_ids.shape[1]
             input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
             self._grow(token, fed, unfinished)
+            if self.spec is not None and self.spec.on_grid:
+                self._place(kwargs["position_ids"])
             # A row inside a span cannot stop: what it emits there is not text.
             unfinished = unfinished & (fed | ~stopping_criteria(input_ids, None))
             if not unfinished.any() or input_ids.shape[1] >= generation_config.max_length:
@@ -110,6 +139,20 @@ class LatentLoop:
         self._take_back(fed)
         self.seconds = time.perf_counter() - started
         return input_ids
+
+    def take_up(
+        self,
+        z: torch.Tensor,
+        fed: list[tuple[int, int, torch.Tensor]],
+        spans: list[list[SpanRecord]],
+        positions: list[torch.Tensor],
+    ) -> None:
+        """Begin in the middle of a run: with the state about to be fed, what was fed before, and
+        the spans of each row, the last of which is open."""
+        self._z, self.fed, self._positions = z, fed, positions
+        self._open = [own[-1] for own in spans]
+        self.spans = [span for own in spans for span in own]
+        self.forwards = 1
 
     def _forward(
         self, model: PreTrainedModel, inputs: dict[str, Any], start: int, stop: int
@@ -128,6 +171,10 @@ class LatentLoop:
             self._positions.append(inputs["position_ids"])
         states: list[torch.Tensor] = []
         read = {"ln_final.hook_normalized": lambda act: states.append(act[:, -1].detach())}
+        again = self._again is not None and len(self._again.rows(self.tokens, stop)) > 0
+        looked: dict[str, torch.Tensor] = {}
+        if again:
+            read |= self._watching(looked)
         if first:
             inputs.pop("mm_encoder_outputs", None)
             inputs.update(self.first_inputs)
@@ -137,17 +184,79 @@ class LatentLoop:
             model,
             {**inputs, "return_dict": True},
             chunk,
-            overlay=self._overlay(chunk, laid, model) if laid.any() else None,
+            overlay=self._laid(chunk, laid, model),
             read=read if self._may_feed(chunk, laid) else None,
-            workers=self._unembedding(laid),
+            workers=[*self._unembedding(laid), *(self._looking() if first else ())],
         )
         self._read = self._z
+        if self._again is not None and again:
+            self._again.images = self._images
+            self._again.fill(self.tokens, stop, states[0], looked)
         if states and self.spec is not None:
             h, project = states[0], self.spec.project
-            self._z = (
-                h if project is None else project(h, torch.as_tensor(laid[:, -1]).to(h.device))
-            )
+            if isinstance(project, Sketcher):
+                self._z = self._draw(project, h, laid[:, -1], model)
+            elif project is not None:
+                self._z = project(h, torch.as_tensor(laid[:, -1]).to(h.device))
+            else:
+                self._z = h
         return outputs
+
+    def _looking(self) -> list[engine.Worker]:
+        """Where latents need the pictures themselves: a worker that keeps their embeddings."""
+        draws = self.spec is not None and isinstance(self.spec.project, Sketcher)
+        if not draws and self._again is None:
+            return []
+
+        def keep(act: torch.Tensor) -> torch.Tensor:
+            rows = range(len(self.tokens))
+            self._images = [act[row, self.tokens.columns(row, Kind.IMAGE)] for row in rows]
+            return act
+
+        site = self.registry["blocks.0.hook_resid_pre"]
+        return [engine.visit(self.wrapped, site.path, "input", keep)]
+
+    def _watching(
+        self, looked: dict[str, torch.Tensor]
+    ) -> dict[str, Callable[[torch.Tensor], None]]:
+        """What keeps, of each layer, how the last position looks at all of them."""
+
+        def keep(name: str, pattern: torch.Tensor) -> None:
+            looked[name] = pattern[:, :, -1].detach()
+
+        names = self.registry.match("blocks.*.attn.hook_pattern")
+        return {name: partial(keep, name) for name in names}
+
+    def _draw(
+        self, sketcher: Sketcher, h: torch.Tensor, laid: np.ndarray, model: PreTrainedModel
+    ) -> torch.Tensor:
+        """The next latent of each row that has a sketch, or whose last token opened one."""
+        assert self.span_tokens is not None
+        merger = model.get_submodule(self.registry["vision_projector.hook_out"].path)
+        z = torch.zeros_like(h)
+        for row in range(len(h)):
+            span = self._open[row]
+            if not laid[row] and self.tokens.ids[row, -1] == self.span_tokens.open:
+                drawn = [state for r, _, state in self.fed if r == row]
+                images = torch.cat([self._images[row], *(state[None] for state in drawn)])
+                self._sketches[row] = sketcher.begin(images, merger)
+            elif span is None or self.spec is None or span.steps >= self.spec.max_steps:
+                self._sketches.pop(row, None)
+            if row in self._sketches:
+                z[row] = self._sketches[row].draw(h[row])
+        return z
+
+    def _place(self, positions: torch.Tensor) -> None:
+        """Put the newest column of positions, (axis, row, column), where a picture's cell, or the
+        text behind it, would stand."""
+        kind = self.tokens.kind[:, -2:]
+        for row in np.flatnonzero((kind == Kind.LATENT).any(1)):
+            span = [s for s in self.spans if s.row == row][-1]
+            grid, axes = self.tokens.grids[row][-1], positions[-3:, row]
+            offset = [0, *divmod(span.steps - 1, grid.cols)]
+            if kind[row, 1] != Kind.LATENT:
+                offset = [max(grid.rows, grid.cols)] * 3
+            axes[:, -1] = axes[0, span.column] + axes.new_tensor(offset)
 
     def _may_feed(self, chunk: Chunk, laid: np.ndarray) -> bool:
         """Whether the hidden state of this forward can become the next input of some row."""
@@ -170,6 +279,15 @@ class LatentLoop:
             self.wrapped, self.registry, self.spec, torch.as_tensor(laid), last
         )
 
+    def _laid(
+        self, chunk: Chunk, laid: np.ndarray, model: PreTrainedModel
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What is laid over the embeddings: latents, and image tokens that come again."""
+        overlay = self._overlay(chunk, laid, model) if laid.any() else None
+        if self._again is None:
+            return overlay
+        return self._again.over(overlay, self.tokens, chunk.start, chunk.stop)
+
     def _overlay(
         self, chunk: Chunk, laid: np.ndarray, model: PreTrainedModel
     ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -179,6 +297,9 @@ class LatentLoop:
         if self.spec is not None and self.spec.feeds == "embedding":
             ids = torch.as_tensor(self.tokens.ids[:, columns], device=model.device)
             z = model.get_input_embeddings()(ids).detach()
+        elif self._again is not None:
+            assert self._z is not None
+            z = self._again.states(columns, self._z)
         else:
             assert self._z is not None  # a row can only be fed after a forward that was read
             z = self._z[:, None]
@@ -251,7 +372,7 @@ class LatentLoop:
         assert spec is not None
         assert ids is not None
         step = self.tokens.width - self.tokens.prompt_width
-        forced = spec.trigger == "forced" and step == spec.forced_at
+        forced = self._due(row, step)
         span = self._open[row]
         opening = False
         if span is None:
@@ -263,7 +384,7 @@ class LatentLoop:
                 opening = step == 0
             if not opening:
                 return token, False
-            before = spec.trigger == "forced" and step - (spec.slot == "after") == spec.forced_at
+            before = self._due(row, step - (spec.slot == "after"))
             by: OpenedBy = "forced" if before else "sampled"
             span = self._open[row] = SpanRecord(row, "always" if spec.trigger == "always" else by)
             self.spans.append(span)
@@ -277,6 +398,16 @@ class LatentLoop:
         span.steps += 1
         keeps_id = spec.emit == "sampled" or (opening and spec.slot == "replace")
         return (token if keeps_id else ids.pad), True
+
+    def _due(self, row: int, step: int) -> bool:
+        """Whether the loop itself writes the open token at this generated position."""
+        assert self.spec is not None
+        if self.spec.trigger == "forced" and step == self.spec.forced_at:
+            return True
+        if self.spec.cue is None or step < 0:
+            return False
+        start = self.tokens.prompt_width
+        return self.spec.cue.opens(self.tokens.ids[row, start : start + step].tolist())
 
     def _ended(
         self,
@@ -346,9 +477,10 @@ def unembed_projected(
         is_latent: (example, position), whether the input there is a latent.
         columns: the positions whose logits are asked for; None is all. Some models ignore it.
     """
-    if spec is None or spec.project is None or not spec.project_unembeds:
+    project = None if spec is None else spec.project
+    if spec is None or not spec.project_unembeds or project is None:
         return []
-    project = spec.project
+    assert not isinstance(project, Sketcher)  # its spec is refused
 
     def put(act: torch.Tensor) -> torch.Tensor:
         whole = columns is None or act.shape[1] == is_latent.shape[1]

@@ -14,8 +14,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from imaginelens.hooks.media import video_columns
+
 _TILE = re.compile(r"<row_(\d+)_col_(\d+)>$")
 _THUMBNAIL = "<global-img>"
+_QUERIES = (
+    "query_tokens",
+    "latent_query",
+    "perceiver_resampler.latents",
+    "multi_modal_projector.query",
+)
 Size = tuple[float, float]  # width, height
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -97,10 +105,13 @@ def lay_out(
     exact = _exact_grids(model, inputs)
     layouts, used = [], 0
     for row, row_ids in enumerate(ids):
-        if image_token_id is None:
+        if "image_embeds_position_mask" in inputs:  # Kosmos: whatever ids stand there
+            columns = np.flatnonzero(inputs["image_embeds_position_mask"][row].cpu().numpy())
+        elif image_token_id is None:
             columns = np.zeros(0, dtype=int)
         else:
             columns = np.flatnonzero(row_ids == image_token_id)
+        columns = np.setdiff1d(columns, video_columns(ids, row, model, inputs))
         sizes = [] if pictures is None else [p.size for p in pictures[row]]
         if exact is None:
             images = _tiled_by_runs(columns, row_ids, model, processor, sizes)
@@ -185,6 +196,8 @@ def _tiled_by_runs(
     sizes: list[Size],
 ) -> list[list[Tile]]:
     """Square tiles: each run of tokens is an image, or a tile of one after a tile token."""
+    if resampled(model):
+        return [[Tile(0, 0, extra=len(run))] for run in _runs(columns)]
     side = _side(model, processor)
     images: list[list[Tile]] = []
     for run in _runs(columns):
@@ -201,6 +214,11 @@ def _tiled_by_runs(
             size = sizes[len(images)] if len(images) < len(sizes) else None
             images.append(_tiles(len(run), side, size))
     return images
+
+
+def resampled(model: PreTrainedModel) -> bool:
+    """Whether learned queries look at the whole picture, so that no token shows a cell of it."""
+    return any(name.endswith(_QUERIES) for name, _ in model.named_parameters())
 
 
 def _closed(tiles: list[Tile]) -> bool:

@@ -90,11 +90,18 @@ def adapts(name: str | Path) -> str | None:
     """The model that a folder of adapters was trained on; None if the folder holds a model.
 
     Raises:
-        CheckpointError: peft is missing, or the adapters do not say what they adapt.
+        CheckpointError: peft is missing, the adapters do not say what they adapt, or a model lies
+            beside them.
     """
     path = Path(name)
-    if not (path / "adapter_config.json").is_file() or _has_model(path):
+    if not (path / "adapter_config.json").is_file():
         return None
+    if _has_model(path):
+        raise CheckpointError(
+            f"{name!s} holds a model and adapters beside it, and does not say whether they are in "
+            "the model already; remove adapter_config.json if they are, or move the adapters to a "
+            "folder of their own"
+        )
     base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(

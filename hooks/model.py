@@ -26,6 +26,7 @@ from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.behaviour import find_behaviour
 from imaginelens.hooks.bytoken import by_token
 from imaginelens.hooks.cache import ActivationCache
+from imaginelens.hooks.depth import DepthSpec, unrolled
 from imaginelens.hooks.describe import Description, describe
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import CaptureEntry, Chunk, HookEntry
@@ -44,6 +45,7 @@ from imaginelens.hooks.grid import lay_out
 from imaginelens.hooks.inputs import InputEdit
 from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.loading import adapts, load_model, processor_home
+from imaginelens.hooks.media import audio_token_id, lay_out_videos, video_token_id
 from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
@@ -57,6 +59,7 @@ from imaginelens.hooks.rewriting import ForcedText, OwnLimit, Speller, as_writte
 from imaginelens.hooks.run import Run, assemble, finish, wanted_while_generating
 from imaginelens.hooks.script import Script, script_of
 from imaginelens.hooks.sites import find_sites
+from imaginelens.hooks.sketch_family import check_canvas
 from imaginelens.hooks.spans import mark_placeholders, without_latents
 from imaginelens.hooks.spec import Force, LatentSpec, Skip
 from imaginelens.hooks.structure import find_structure
@@ -65,6 +68,7 @@ from imaginelens.hooks.textmodels import text_checkpoint
 from imaginelens.hooks.textspans import TextSpec
 from imaginelens.hooks.tokens import Kind, TokenMap, map_prompt
 from imaginelens.hooks.vocabspans import VocabSpec, states_of_words, without_feedback
+from imaginelens.hooks.widening import Widened, mark_inserted, settle_inserted, widened
 
 Hooks = Sequence[tuple[NamesFilter, Callable[..., torch.Tensor | None]]]
 DEFAULT_POSITIONS = (select.latent, select.answer)
@@ -77,8 +81,9 @@ class LatentModel:
         model: an instantiated Hugging Face model; it is wrapped, never changed.
         processor: its processor; without one only encoded inputs are taken.
         spec: how the family feeds latents back (`il.LatentSpec`), writes them as tokens
-            (`il.VocabSpec`) or imagines in words (`il.TextSpec`), or the name of an entry of
-            `il.FAMILIES`; None recognises it, `False` is no family.
+            (`il.VocabSpec`), imagines in words (`il.TextSpec`) or recurs in depth
+            (`il.FAMILIES["huginn"].with_steps(8)`), or the name of an entry of `il.FAMILIES`; None
+            recognises it, `False` is no family.
         answer: finds the answer in what the model wrote: a function of `il.answers`, or a callable
             from text to text; None is the family's own way, or all that was written.
 
@@ -100,9 +105,10 @@ class LatentModel:
         self.model = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.structure = find_structure(model)
         found = family_of(model.config, self.tokenizer) if spec is None else named(spec)
         self.family: Family | None = found or None
+        depth = unrolled(model, found) if isinstance(found, DepthSpec) else None
+        self.structure = find_structure(model) if depth is None else depth.structure
         note(self.family)
         self.spec: LatentSpec | None = (
             equipped(found, model) if isinstance(found, LatentSpec) else None
@@ -119,8 +125,9 @@ class LatentModel:
         strays = () if isinstance(self.family, TextSpec | None) else self.family.strings
         finder = answers.from_callable(answer or usual or answers.tail)
         self.find_answer: AnswerFinder = answers.without(finder, strays)
-        table = find_sites(model, self.structure)
-        self.registry = HookRegistry(table if words is None else without_feedback(table, words))
+        table = find_sites(model, self.structure) if depth is None else depth.sites(model)
+        table = table if words is None else without_feedback(table, words)
+        self.registry = HookRegistry(table, depth=depth)
         self.behaviour = find_behaviour(model, len(self.structure.blocks))
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.nnsight = nnsight.NNsight(model)
@@ -208,7 +215,7 @@ class LatentModel:
 
     def prompt(self, inputs: Any = None, *, images: Any = None, text: str | None = None) -> Prompt:
         """Encode what `run` would run, without running it."""
-        return make_prompt(
+        made = make_prompt(
             inputs,
             images=images,
             text=text,
@@ -217,6 +224,10 @@ class LatentModel:
             image_token_id=self.structure.image_token_id,
             style=None if self.family is None else self.family.prompt,
         )
+        if self.spec is None or self.spec.inserts is None or self.span_tokens is None:
+            return made
+        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        return widened(made, self.spec.inserts, pad=self.span_tokens.pad, padding=padding)
 
     def tokens(self, inputs: Any) -> TokenMap:
         """Map the positions of a prompt without running the model."""
@@ -258,7 +269,7 @@ class LatentModel:
         itself behind each edited span, in fixed context the text behind it stays."""
         limit, *others = run.options
         _, generation, *_ = others
-        limit = self._generation_config(limit, dict(generation or {})).max_new_tokens
+        limit = self.generation_config(limit, dict(generation or {})).max_new_tokens
 
         def write(forced: ForcedText) -> Run:
             most = max(forced.limits)
@@ -305,6 +316,8 @@ class LatentModel:
                 "as tokens; put them into the prompt, or force them with a logits_processor"
             )
         spec = self.spec if latents is None else latents.applied_to(self.spec)
+        if spec is None and isinstance(prompt, Widened):
+            prompt = prompt.plain or prompt
         options = dict(generation or {})
         processors = list(options.get("logits_processor") or [])
         if isinstance(latents, Skip):
@@ -316,10 +329,10 @@ class LatentModel:
         if processors:
             options["logits_processor"] = LogitsProcessorList(processors)
         capture = self._capture(names_filter, wanted_while_generating(positions))
-        config = self._generation_config(max_new_tokens, options)
+        config = self.generation_config(max_new_tokens, options)
         said = None if words is None else states_of_words(words)
         scope = self.registry.scope([entry for entry in (capture, said) if entry is not None])
-        with torch.no_grad(), engine.untouched(self._remembering), scope:
+        with torch.no_grad(), engine.untouched(self.remembering), scope:
             loop = LatentLoop(
                 self.nnsight,
                 self.registry,
@@ -333,7 +346,7 @@ class LatentModel:
             )
             inputs = {k: v for k, v in prompt.inputs.items() if k not in PIXELS}
             # not the class's own: some drop the logits processors, and with them Skip and Force
-            with by_token(self.model, prompt.inputs):
+            with self._by_token(prompt):
                 sequences = GenerationMixin.generate(
                     self.model,
                     **inputs,
@@ -357,7 +370,18 @@ class LatentModel:
         how = (max_new_tokens, latents, generation, seed, keep_logits)
         return replace(run, options=how, acted=self.registry.acting("hook_latent"))
 
-    def _generation_config(
+    @contextmanager
+    def _by_token(self, prompt: Prompt) -> Iterator[None]:
+        """What `generate` needs so that it goes on token by token."""
+        depth = self.registry.depth
+        with by_token(self.model, prompt.inputs):
+            if depth is None:
+                yield
+            else:
+                with depth.by_token(self.model):
+                    yield
+
+    def generation_config(
         self, max_new_tokens: int | None, options: dict[str, Any]
     ) -> GenerationConfig:
         """The checkpoint's config, greedy unless asked otherwise; its own knobs leave `options`."""
@@ -647,7 +671,7 @@ class LatentModel:
         prompt = inputs if isinstance(inputs, Prompt) else self.prompt(inputs)
         tokens = without_latents(self.tokens(prompt))
         chunk = Chunk(tokens, 0, tokens.width, **self._chunk_base(prompt))
-        with engine.untouched(self._remembering):
+        with engine.untouched(self.remembering):
             inputs = {**prompt.inputs, **self._positions(prompt), "use_cache": False}
             outputs = self.registry.run(self.nnsight, self.model, inputs, chunk)
         self.registry.judge(len(prompt), "a prompt alone holds no latents and no answer")
@@ -655,12 +679,17 @@ class LatentModel:
 
     def script(self, run: Run, endings: Sequence[Sequence[int]] | None = None) -> Script:
         """A run as one teacher-forced sequence; `endings` replace each row's answer by tokens."""
+        config = self.model.config
+        ids = self.structure.image_token_id, video_token_id(config), audio_token_id(config)
+        media = [token for token in ids if token is not None]
         filler = 0 if self.span_tokens is None else max(self.span_tokens.pad, 0)
+        if filler in media:
+            filler = 0
         return script_of(
             run,
             embedding=self.model.get_input_embeddings(),
             filler=filler,
-            image_token_id=self.structure.image_token_id,
+            media=media,
             written_type=self.behaviour.written_type,
             endings=endings,
         )
@@ -680,7 +709,7 @@ class LatentModel:
         the run's latents when they were fed does not act on them again."""
         tokens = script.tokens
         has_images = any(name in script.inputs for name in PIXELS)
-        chunk = Chunk(tokens, 0, tokens.width, has_images, self._projector_rows(script.inputs))
+        chunk = Chunk(tokens, 0, tokens.width, has_images, self.projector_rows(script.inputs))
         columns_read = np.arange(tokens.width)
         embeds = self.registry.on_latents(script.embeds, chunk, columns_read, acted)
         mask = script.laid[..., None]
@@ -690,7 +719,7 @@ class LatentModel:
         overlay = None
         if bool(script.laid.any()):
             overlay = lambda own: torch.where(mask, embeds.to(own), own)  # noqa: E731
-        with engine.untouched(self._remembering):
+        with engine.untouched(self.remembering):
             outputs = self.registry.run(
                 self.nnsight,
                 self.model,
@@ -721,6 +750,7 @@ class LatentModel:
             self.behaviour,
             self.registry.table,
             self.spec or self.family,
+            self.registry.depth,
         )
 
     def estimate_bytes(
@@ -758,7 +788,7 @@ class LatentModel:
         return CaptureEntry(tuple(self.registry.match(names_filter)), wanted, device)
 
     @property
-    def _remembering(self) -> list[torch.nn.Module]:
+    def remembering(self) -> list[torch.nn.Module]:
         return [self.model.get_submodule(path) for path in self.behaviour.remembers]
 
     def _map(self, prompt: Prompt) -> TokenMap:
@@ -772,13 +802,21 @@ class LatentModel:
             prompt.pictures,
         )
         tokens = map_prompt(ids, prompt.mask.cpu().numpy(), layouts, self.tokenizer, prompt.keys)
+        videos = lay_out_videos(ids, self.model, prompt.inputs)
+        tokens = tokens.showing(videos, audio_token_id(self.model.config))
         tokens = tokens.speaking(self._spoken)
         span = self.span_tokens
         return tokens if span is None else replace(tokens, markers=(span.open, span.close))
 
     def _marked(self, prompt: Prompt, spec: LatentSpec | None) -> TokenMap:
         """The map of a prompt, with the placeholders of a family that has them there."""
-        return mark_placeholders(self._map(prompt), spec, self.span_tokens, self.behaviour)
+        tokens = self._map(prompt)
+        check_canvas(tokens, spec, mrope=self.behaviour.mrope, forced=spec is not self.spec)
+        tokens = mark_inserted(tokens, prompt)
+        tokens = mark_placeholders(tokens, spec, self.span_tokens, self.behaviour)
+        if spec is not None and spec.inserts is not None:
+            tokens = settle_inserted(tokens, spec.inserts)
+        return tokens
 
     def _positions(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """Explicit positions, so that padding is not counted. Models with multi-axis positions
@@ -791,12 +829,12 @@ class LatentModel:
     def _chunk_base(self, prompt: Prompt) -> dict[str, Any]:
         return {
             "has_images": prompt.has_images,
-            "projector_rows": self._projector_rows(prompt.inputs),
+            "projector_rows": self.projector_rows(prompt.inputs),
         }
 
-    def _projector_rows(self, inputs: Mapping[str, Any]) -> np.ndarray | None:
+    def projector_rows(self, inputs: Mapping[str, Any]) -> np.ndarray | None:
         """Where the projector puts each image token, for towers that work in window order."""
-        grid = inputs.get("image_grid_thw")
+        grid = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
         watched = any(name.startswith("vision_projector") for name in self.registry.active)
         if not self.structure.windowed or grid is None or not watched:
             return None

@@ -261,7 +261,8 @@ def donor_run(
         return _as_run(lens, source)
     if context == "fixed":
         run = _as_run(lens, source)
-        _, cache = lens.run_with_cache(run, names_filter=modules)
+        with torch.no_grad():  # or the states would hold a whole forward in memory
+            _, cache = lens.run_with_cache(run, names_filter=modules)
         return replace(run, cache=cache)
     if isinstance(source, Run):
         try:

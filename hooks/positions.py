@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from imaginelens.hooks.errors import PositionError
+from imaginelens.hooks.media import VideoGrid
 from imaginelens.hooks.tokens import Kind, TokenMap
 
 Index = int | slice | None
@@ -171,6 +172,92 @@ class ImagePositions(Positions):
             return image
         shown = [c for c in self.cells if c is not None] if self.image is not None else self.cells
         return f"{image}[{', '.join(spell(c)[1:-1] or ':' for c in shown)}]"
+
+
+@dataclass(frozen=True)
+class VideoPositions(Positions):
+    """Video tokens; `[k]` picks a video, `[frames, rows, cols]` cells of its frames.
+
+    Frames are those of the vision tower: Qwen takes two pictures together as one.
+
+    >>> video[0][2], video[0][0:2, 3, 4], video[:, 0, 1]
+    (video[0][2], video[0][0:2, 3, 4], video[:, 0, 1])
+    """
+
+    video: Index = None
+    cells: tuple[Index, Index, Index] | None = None
+
+    def __getitem__(self, index: Any) -> "VideoPositions":
+        if isinstance(index, tuple):
+            if len(index) != 3:
+                raise PositionError(
+                    f"video cells are [frames, rows, columns], not {len(index)} indices"
+                )
+            return VideoPositions(self.video, index)
+        if self.video is not None:
+            return VideoPositions(self.video, (index, None, None))
+        return VideoPositions(index)
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        columns = tokens.columns(row, Kind.VIDEO)
+        if self.video is None and self.cells is None:
+            return columns
+        if not len(columns):
+            return columns
+        shown = tokens.videos[row]
+        wanted = np.arange(len(shown.grids))[_as_slice(self.video, len(shown.grids), "video")]
+        keep = np.isin(shown.video, wanted)
+        if self.cells is not None:
+            keep &= [
+                self._shows(shown.grids[k], c)
+                for k, c in zip(shown.video, shown.cells, strict=True)
+            ]
+        return np.asarray(shown.columns[keep])
+
+    def _shows(self, grid: VideoGrid, cell: np.ndarray) -> bool:
+        assert self.cells is not None
+        sizes = (grid.frames, grid.rows, grid.cols)
+        named = zip(("frame", "cell", "cell"), cell, sizes, self.cells, strict=True)
+        return all(int(c) in range(n)[_as_slice(index, n, what)] for what, c, n, index in named)
+
+    def __repr__(self) -> str:
+        video = f"video{spell(self.video)}"
+        if self.cells is None:
+            return video
+        alone = self.video is not None and self.cells[1:] == (None, None)
+        shown = self.cells[:1] if alone else self.cells
+        return f"{video}[{', '.join(spell(c)[1:-1] or ':' for c in shown)}]"
+
+
+@dataclass(frozen=True)
+class AudioPositions(Positions):
+    """The tokens that stand for sound."""
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        return tokens.columns(row, Kind.AUDIO)
+
+    def __repr__(self) -> str:
+        return "audio"
+
+
+@dataclass(frozen=True)
+class InsertedPositions(Positions):
+    """Image tokens that come again before a latent (IVT-LR); `[t]` those before `latent[t]`.
+
+    In a run, `run.tokens` says of each which cell of the picture it shows.
+    """
+
+    step: int | None = None
+
+    def __getitem__(self, step: int) -> "InsertedPositions":
+        return InsertedPositions(step)
+
+    def resolve(self, tokens: TokenMap, row: int) -> np.ndarray:
+        columns = tokens.columns(row, Kind.INSERTED)
+        return columns if self.step is None else columns[tokens.step[row, columns] == self.step]
+
+    def __repr__(self) -> str:
+        return f"inserted{spell(self.step)}"
 
 
 @dataclass(frozen=True)
@@ -338,6 +425,9 @@ def onward(of: Positions) -> LaterPositions:
 latent = LatentPositions()
 span = Spans()
 image = ImagePositions()
+inserted = InsertedPositions()
+video = VideoPositions()
+audio = AudioPositions()
 text = TextPositions()
 answer = AnswerPositions()
 before_answer = AnswerPositions(before=True)

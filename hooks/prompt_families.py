@@ -13,6 +13,7 @@ import torch
 from imaginelens.hooks import answers
 from imaginelens.hooks.errors import CheckpointError
 from imaginelens.hooks.heads import OnAll, build_head
+from imaginelens.hooks.insertion import Insertion
 from imaginelens.hooks.mixture import Mixture
 from imaginelens.hooks.spec import LatentSpec
 
@@ -55,6 +56,21 @@ PROMPT_FAMILIES: dict[str, LatentSpec] = {
     # InternLM/SIM-CoT, Coconut/coconut.py: the same loop over 2 x 5 placeholders; its auxiliary
     # decoder is for training only. Nothing in a tokenizer tells it from Coconut.
     "sim-cot": replace(_COCONUT, name="sim-cot", max_steps=10),
+    # FYYDCC/IVT-LR, qwen_vl/qwen_ivtlr.py: Coconut's loop on Qwen2-VL, and before each latent the
+    # 32 image tokens that the position before it looks at most. Its evaluation writes three
+    # placeholders behind the generation prompt, without start and end tokens. Released at batch
+    # size one, as LoRA in pickles; a first token that ends the text did not end it there. Its
+    # tokenizer is Coconut's. Its variant for Chameleon (64 tokens) is not modelled.
+    "ivt-lr": replace(
+        _COCONUT,
+        name="ivt-lr",
+        open=None,
+        close=None,
+        max_steps=3,
+        inserts=Insertion(patches=32),
+        answer=answers.first_found(answers.after("answer is"), answers.tail),
+        checkpoints=("FYYDCC/IVTLR",),
+    ),
     # zhenyi4/codi, test.py:213-245. The begin-of-thought id is written behind the prompt, six
     # latents follow, the state behind the last of them is discarded, the end-of-thought id is
     # forced. This is what its scripts run (remove_eos); these eight tokens count as generated.

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.media import video_token_id
 from imaginelens.hooks.spec import PromptStyle
 
 PIXELS = (
@@ -22,7 +23,18 @@ PIXELS = (
     "flattened_patches",
 )
 # Fields with one row per example; the others (pixels, grids) are packed over the batch.
-ROW_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids")
+ROW_FIELDS = (
+    "input_ids",
+    "attention_mask",
+    "mm_token_type_ids",
+    "token_type_ids",
+    "position_ids",
+    "image_embeds_position_mask",
+)
+# Seconds from one frame of a video to the next, from which positions are counted: never rounded.
+TIMES = ("second_per_grid_ts", "video_second_per_grid")
+# Where images come by cross-attention: which of them each token sees, (example, position, ...).
+SIGHT_FIELDS = ("cross_attention_mask", "image_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,16 @@ class Prompt:
     @property
     def vision_inputs(self) -> dict[str, torch.Tensor]:
         """Everything that only the vision side reads."""
-        return {k: v for k, v in self.inputs.items() if k not in ROW_FIELDS}
+        others = {*ROW_FIELDS, *self.sight}
+        return {k: v for k, v in self.inputs.items() if k not in others}
+
+    @property
+    def sight(self) -> dict[str, torch.Tensor]:
+        """Which images each token sees, in models with cross-attention; elsewhere fields of these
+        names speak of crops."""
+        shape = self.inputs["input_ids"].shape
+        found = {name: self.inputs[name] for name in SIGHT_FIELDS if name in self.inputs}
+        return {name: seen for name, seen in found.items() if seen.shape[:2] == shape}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -157,6 +178,12 @@ def _encode(
             raise InputError(
                 f"example {i} is {_shown(example)}, expected {{'images': ..., 'text': str}}"
             )
+        for medium in (m for m in ("videos", "audio") if example.get(m) is not None):
+            raise InputError(
+                f"example {i} has {medium}, and only images are encoded here; encode it yourself, "
+                f"inputs = processor(text=..., {medium}=..., return_tensors='pt'), which may need "
+                "torchvision or librosa, and pass that dict"
+            )
         found = _pictures(example.get("images"), i)
         pictures.append(found)
         texts.append(_templated(example["text"], len(found), processor, image_token_id, style))
@@ -250,16 +277,21 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
             f"{name} needs mm_token_type_ids beside its images, or its positions are silently "
             "one-dimensional; pass the processor's full output"
         )
-    if image_token_id is not None and not prompt.has_images:
-        n = int((ids == image_token_id).sum())
+    for what, token in (("image", image_token_id), ("video", video_token_id(model.config))):
+        n = 0 if token is None or prompt.has_images else int((ids == token).sum())
         if n:
+            lacks = "pixel_values" if what == "image" else "pixel_values_videos"
             raise InputError(
-                f"the prompt has {n} image tokens and no pixel_values; "
-                "pass the processor's full output"
+                f"the prompt has {n} {what} tokens and no {lacks}; pass the processor's full output"
             )
+    for field in (k for k, v in inputs.items() if isinstance(v, list) and _takes(model, k)):
+        raise InputError(
+            f"{field!r} is a list, which the model would not be given; call the processor with "
+            "return_tensors='pt'"
+        )
     weight = next(model.parameters())
     moved = {
-        k: v.to(weight.device, weight.dtype if v.is_floating_point() else None)
+        k: v.to(weight.device, weight.dtype if v.is_floating_point() and k not in TIMES else None)
         for k, v in inputs.items()
         if isinstance(v, torch.Tensor) and k != "labels"  # PaliGemma's processor adds some
     }

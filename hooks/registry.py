@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from imaginelens.hooks import engine
 from imaginelens.hooks.attention import SLOTS, Hook, Inside, inside
+from imaginelens.hooks.depth import Depth
 from imaginelens.hooks.edits import Edit
 from imaginelens.hooks.entries import Chunk, EditEntry, Entry, HookEntry, HookFn, HookPoint
 from imaginelens.hooks.errors import InputError, SiteUnavailable
@@ -38,6 +39,7 @@ class HookRegistry(Mapping[str, Site]):
     table: SiteTable
     entries: list[Entry] = field(default_factory=list)
     points: dict[str, HookPoint] = field(default_factory=dict)
+    depth: Depth | None = None  # of a model that recurs in depth
 
     def __contains__(self, name: object) -> bool:
         return name in self.table
@@ -215,6 +217,10 @@ class HookRegistry(Mapping[str, Site]):
         # they act in the order in which the stream passes them.
         sites.sort(key=lambda site: ORDER[site.kind.name])
         at_sites = [self._worker(wrapped, site, values[site.name]) for site in sites]
+        if self.depth is not None:
+            inputs = self.depth.given(model, inputs, chunk)
+            with self.depth.hidden(chunk):
+                return engine.forward(wrapped, [*workers, *at_sites], inputs)
         with inside(model, self._inside(values, chunk)):
             return engine.forward(wrapped, [*workers, *at_sites], inputs)
 
@@ -249,7 +255,8 @@ class HookRegistry(Mapping[str, Site]):
     ) -> engine.Worker:
         slot = site.kind.slot
         if slot not in ("mid", "stream"):
-            return engine.visit(wrapped, site.path, slot, fn)
+            worker = engine.visit(wrapped, site.path, _ENDS.get(slot, slot), fn)
+            return worker if site.call == 0 else engine.at_call(worker, site.call)
         if site.block is None:
             raise SiteUnavailable(f"{site.name!r} belongs to no block")
         if slot == "mid":
@@ -277,7 +284,9 @@ class HookRegistry(Mapping[str, Site]):
                 where = np.arange(chunk.stop - act.shape[1], chunk.stop)
             for entry in entries:
                 act = entry.on(site, act, chunk, where)
-            return value if act is shown else _unshaped(site, act, value)
+            # where gradients are asked for, what was shown has to be what the model goes on with
+            passed = act is shown and (shown is value or not shown.requires_grad)
+            return value if passed else _unshaped(site, act, value)
 
         return act_on
 
@@ -303,8 +312,13 @@ def _reading(fn: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], tor
     return read
 
 
+_ENDS = {"first_half": "input"}  # which end of its module a part of a value is at
+
+
 def _shaped(site: Site, value: torch.Tensor) -> torch.Tensor:
     """The value with the axes that the site's row of the table names."""
+    if site.kind.slot == "first_half":
+        return value[..., : value.shape[-1] // 2]
     if site.kind.slot in SLOTS:
         return value.transpose(1, 2)  # (example, head, query, key) -> (example, query, head, key)
     if site.heads is not None:
@@ -315,4 +329,6 @@ def _shaped(site: Site, value: torch.Tensor) -> torch.Tensor:
 def _unshaped(site: Site, act: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if site.kind.slot in SLOTS:
         return act.transpose(1, 2)
+    if site.kind.slot == "first_half":
+        return torch.cat([act, like[..., act.shape[-1] :]], dim=-1)
     return act.reshape(like.shape)

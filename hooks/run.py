@@ -73,6 +73,8 @@ class Run:
         trigger: why spans opened and ended.
         cache: captured activations, if `names_filter` was given.
         logits: of every generated position, if `keep_logits` was given.
+        inserted: embeddings of the image tokens that came again before latents (`il.inserted`), in
+            the order of their columns; None in families that have none.
         found_answers: the answer of each example; read `answer` or `answers` instead.
         position_ids: the positions the model was given, of everything it read.
         acted: what was active at `hook_latent`: the latents already are what it made of them.
@@ -93,6 +95,7 @@ class Run:
     acted: frozenset[int] = frozenset()
     options: tuple[Any, ...] = ()
     logits: Float[torch.Tensor, "example generated vocab"] | None = None
+    inserted: Float[torch.Tensor, "example place d_model"] | None = None
     seconds: float = 0.0
     forwards: int = 0
 
@@ -159,8 +162,8 @@ class Run:
         return pad([self._cached_at(site, row, c, at) for row, c in enumerate(columns)])
 
     def _latents_at(self, row: int, columns: np.ndarray) -> torch.Tensor:
-        steps = self.tokens.step[row, columns]
-        return self.latents[row, steps[steps >= 0]]
+        columns = columns[self.tokens.kind[row, columns] == Kind.LATENT]
+        return self.latents[row, self.tokens.step[row, columns]]
 
     def _projected_at(
         self, site: str, row: int, columns: np.ndarray, at: Positions
@@ -244,6 +247,7 @@ def finish(
         found_answers=tuple(answers),
         position_ids=loop.position_ids,
         logits=logits,
+        inserted=_padded(loop.inserted, no_latents),
         seconds=loop.seconds,
         forwards=loop.forwards,
     )
@@ -336,6 +340,16 @@ def wanted_while_generating(
         return np.unique(np.concatenate(found))
 
     return wanted
+
+
+def _padded(rows: Sequence[torch.Tensor] | None, no_latents: torch.Tensor) -> torch.Tensor | None:
+    """Rows of states in one tensor, (example, position, d_model), filled up with zeros."""
+    if rows is None:
+        return None
+    blank = no_latents.new_zeros(len(rows), max(map(len, rows)), no_latents.shape[-1])
+    for row, states in enumerate(rows):
+        blank[row, : len(states)] = states if len(states) else 0
+    return blank
 
 
 def _collect_latents(

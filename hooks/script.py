@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from imaginelens.hooks.prompts import ROW_FIELDS
 from imaginelens.hooks.run import Run
 from imaginelens.hooks.tokens import Kind, TokenMap
 
@@ -41,7 +40,7 @@ def script_of(
     *,
     embedding: torch.nn.Module,
     filler: int,
-    image_token_id: int | None,
+    media: Sequence[int] = (),
     written_type: int = 0,
     endings: Sequence[Sequence[int]] | None = None,
 ) -> Script:
@@ -51,17 +50,18 @@ def script_of(
         embedding: the model's token embedding.
         filler: an ordinary token id, put in the place of ids that the model cannot embed or would
             take for an image. Other latents keep their ids, which some models read in every layer.
+        media: ids of tokens at which the model looks for a picture, a video or a sound.
         written_type: the token type of tokens that the model wrote.
         endings: token ids to put in the place of each row's answer and what follows it; None reads
             the run as it was.
     """
     tokens = run.tokens if endings is None else _with_endings(run.tokens, endings)
     ids = torch.as_tensor(tokens.ids, device=run.sequences.device)
-    laid, embeds = _overlay(run, tokens, ids, embedding, image_token_id)
+    laid, embeds = _overlay(run, tokens, ids, embedding, media)
     untold = ids >= len(cast(torch.Tensor, embedding.weight))
-    untold |= ids == (-1 if image_token_id is None else image_token_id)
+    untold |= torch.isin(ids, torch.tensor(media, dtype=ids.dtype, device=ids.device))
     ids = torch.where(laid & untold, torch.full_like(ids, filler), ids)
-    inputs: dict[str, Any] = {k: v for k, v in run.prompt.inputs.items() if k not in ROW_FIELDS}
+    inputs: dict[str, Any] = run.prompt.vision_inputs
     inputs |= _row_fields(run, ids, written_type) | {"input_ids": ids, "use_cache": False}
     starts = [tokens.columns(row, Kind.ANSWER) for row in range(len(tokens))]
     read_at = tuple(int(s[0]) - 1 if len(s) else -1 for s in starts)
@@ -102,6 +102,7 @@ def _with_endings(tokens: TokenMap, endings: Sequence[Sequence[int]]) -> TokenMa
         prompt_width=tokens.prompt_width,
         keys=tokens.keys,
         markers=tokens.markers,
+        videos=tokens.videos,
     )
 
 
@@ -110,17 +111,22 @@ def _overlay(
     tokens: TokenMap,
     ids: torch.Tensor,
     embedding: torch.nn.Module,
-    image_token_id: int | None,
+    media: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     latent = torch.as_tensor(tokens.kind == Kind.LATENT, device=ids.device)
     written = torch.zeros_like(latent)
-    if image_token_id is not None:  # a model may write this token: no image belongs to it
-        written[:, tokens.prompt_width :] = ids[:, tokens.prompt_width :] == image_token_id
+    for token in media:  # a model may write this token: no image belongs to it
+        written[:, tokens.prompt_width :] |= ids[:, tokens.prompt_width :] == token
     width = run.latents.shape[-1] or 1
     embeds = torch.zeros(*ids.shape, width, dtype=run.latents.dtype, device=ids.device)
     for row in range(len(tokens)):
         columns = tokens.columns(row, Kind.LATENT)
         embeds[row, columns] = run.latents[row, tokens.step[row, columns]]
+    again = torch.as_tensor(tokens.kind == Kind.INSERTED, device=ids.device)
+    for row, held in enumerate(run.inserted if run.inserted is not None else ()):
+        columns = tokens.columns(row, Kind.INSERTED)
+        embeds[row, columns] = held[: len(columns)]
+    latent |= again
     written &= ~latent
     if bool(written.any()):
         own = embedding(ids).detach()
@@ -129,7 +135,7 @@ def _overlay(
 
 
 def _row_fields(run: Run, ids: torch.Tensor, written_type: int) -> dict[str, torch.Tensor]:
-    """Positions, mask and token types, continued or cut to the width of `ids`."""
+    """Positions, masks and token types, continued or cut to the width of `ids`."""
     width = ids.shape[1]
     fields: dict[str, torch.Tensor] = {}
     mask = run.prompt.mask
@@ -141,9 +147,16 @@ def _row_fields(run: Run, ids: torch.Tensor, written_type: int) -> dict[str, tor
         positions = torch.cat([positions, positions[..., -1:] + more], dim=-1)
         fields["position_ids"] = positions[..., :width]
     prompt_width = run.tokens.prompt_width
-    for name, generated in (("mm_token_type_ids", 0), ("token_type_ids", written_type)):
+    for name, generated in (
+        ("mm_token_type_ids", 0),
+        ("token_type_ids", written_type),
+        ("image_embeds_position_mask", 0),
+    ):
         types = run.prompt.inputs.get(name)
         if types is not None:
             new = types.new_full((len(types), width - prompt_width), generated)
             fields[name] = torch.cat([types, new], dim=1)
+    for name, seen in run.prompt.sight.items():  # what is written sees what the last token saw
+        new = seen[:, -1:].repeat_interleave(width - prompt_width, dim=1)
+        fields[name] = torch.cat([seen, new], dim=1)
     return fields

@@ -13,7 +13,9 @@ from imaginelens.hooks.errors import HookNameError, SiteUnavailable
 from imaginelens.hooks.names import match
 from imaginelens.hooks.structure import Block, Structure
 
-Slot = Literal["output", "input", "mid", "stream", "rot_q", "rot_k", "pattern", "latent"]
+Slot = Literal[
+    "output", "input", "first_half", "mid", "stream", "rot_q", "rot_k", "pattern", "latent"
+]
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,11 @@ class SiteKind:
 
     Attributes:
         part: the field of `Block` or `Structure` whose module carries the site.
-        slot: how that module carries it: at its output or input, `mid` (the residual stream between
-            two sublayers), `stream` (the same, or what a sublayer adds to it, in blocks that gate
-            or scale their sublayers: a difference of the stream), `rot_q`, `rot_k`, `pattern`
-            (inside the attention function), `latent` (the loop's state).
+        slot: how that module carries it: at its output or input, in the `first_half` of its
+            input's features, `mid` (the residual stream between two sublayers), `stream` (the
+            same, or what a sublayer adds to it, in blocks that gate or scale their sublayers: a
+            difference of the stream), `rot_q`, `rot_k`, `pattern` (inside the attention function),
+            `latent` (the loop's state).
         axes: names of the tensor's axes as a hook sees them.
         at_image: what the value means at image positions.
         at_latent: what the value means at a latent step, the position whose input is z_t.
@@ -105,6 +108,12 @@ VISION_KINDS: tuple[SiteKind, ...] = (
 )  # fmt: skip
 
 
+# The depth axis of models that recur in depth.
+STATE = SiteKind(
+    "recurrences.{r}.hook_state", "adapter", "first_half", _RESID, "absent",
+    "the state that enters a recurrence",
+)  # fmt: skip
+
 _CODEBOOKS = ("vqmodel", "vqgan", "vq_model")
 _WORDS = {
     "path": "block",
@@ -121,7 +130,7 @@ _WORDS = {
 }
 
 # Where the stream passes a kind of site, relative to the others of its block.
-ORDER = {kind.name: number for number, kind in enumerate((*KINDS, *VISION_KINDS))}
+ORDER = {kind.name: number for number, kind in enumerate((*KINDS, *VISION_KINDS, STATE))}
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,7 @@ class Site:
     heads: int | None = None
     block: str | None = None  # the block's path, for sites that need it
     layer: int | None = None
+    call: int = 0  # which call of the module within one forward
 
     @property
     def is_vision(self) -> bool:
@@ -217,12 +227,13 @@ def _add(
     heads: int | None = None,
     block: str | None = None,
     layer: int | None = None,
+    call: int = 0,
     why: str = "it has no such module",
 ) -> None:
     if path is None:
         table.unavailable[name] = why
     else:
-        table.sites[name] = Site(name, path, kind, heads, block, layer)
+        table.sites[name] = Site(name, path, kind, heads, block, layer, call)
 
 
 def _add_block(
@@ -237,6 +248,8 @@ def _add_block(
     path = getattr(block, kind.part)
     if block.by_difference and kind.part in ("attn_out", "mid", "mlp_out"):
         kind, path = replace(kind, slot="stream"), block.mid
+    if block.mid_leaves and kind.part == "mid":
+        kind = replace(kind, slot="output")
     if kind.slot in SLOTS and path is not None and not offers_pattern(model.get_submodule(path)):
         table.unavailable[name] = (
             "its attention class does not ask for a registered attention function; "
@@ -253,7 +266,10 @@ def _add_block(
     if kind.axes == _HEADS and kind.slot not in SLOTS and path is not None:
         heads = _count_heads(model.get_submodule(path), kind.part, structure)
     why = _why(model, kind, block) if path is None else ""
-    _add(table, kind, name, path, heads=heads, block=block.path, layer=layer, why=why)
+    _add(
+        table, kind, name, path,
+        heads=heads, block=block.path, layer=layer, call=block.call, why=why,
+    )  # fmt: skip
 
 
 def _biased(attention: nn.Module) -> bool:

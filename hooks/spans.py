@@ -81,12 +81,12 @@ def _check_cut(tokens: TokenMap, spec: LatentSpec, behaviour: Behaviour, column:
 
 
 def _check_images(tokens: TokenMap, spec: LatentSpec) -> None:
-    latents = np.flatnonzero((tokens.kind == Kind.LATENT).any(0))
-    images = np.flatnonzero((tokens.kind == Kind.IMAGE).any(0))
-    if len(latents) and len(images) and images[-1] > latents[0]:
+    cuts = segments(tokens, spec)[1:]
+    images = np.flatnonzero(np.isin(tokens.kind, (Kind.IMAGE, Kind.VIDEO, Kind.AUDIO)).any(0))
+    if cuts and len(images) and images[-1] >= cuts[0][0]:
         raise InputError(
             f"an image at position {images[-1]} stands behind the latent placeholder {spec.pad!r} "
-            f"at {latents[0]}, and images are read at once; put the images first, and run examples "
+            f"at {cuts[0][0]}, and images are read at once; put the images first, and run examples "
             "one by one where a batch shifts them"
         )
 
@@ -119,10 +119,12 @@ def records(tokens: TokenMap) -> list[SpanRecord]:
 
 def segments(tokens: TokenMap, spec: LatentSpec | None) -> list[tuple[int, int]]:
     """The columns, from and to, of each forward that reads the prompt: where a latent is computed
-    from the states before it, a new one begins."""
+    from the states before it, a new one begins; where image tokens come again before it, with
+    them."""
     latents = (tokens.kind == Kind.LATENT).any(0)
     computed = spec is not None and spec.feeds == "state"
-    cuts = np.flatnonzero(latents).tolist() if computed else []
+    ahead = spec.inserts.patches if spec is not None and spec.inserts is not None else 0
+    cuts = (np.flatnonzero(latents) - ahead).tolist() if computed else []
     return list(pairwise([0, *cuts, tokens.width]))
 
 

@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float
 
 from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.insertion import Insertion
 from imaginelens.hooks.mixture import Mixture
+from imaginelens.hooks.sketchpad import Cue, Sketcher
 
 Token = str | int | None
 Hidden = Float[torch.Tensor, "*cell d_model"]
@@ -55,6 +57,7 @@ class LatentSpec:
         trigger: who opens a span: the model by sampling `open` (`sampled`); the loop at generated
             position `forced_at` (`forced`); the user, who writes a `pad` into the prompt for each
             latent (`prompt`); or nobody, for generation begins inside a span (`always`).
+        cue: a token behind which the loop opens a span as well.
         feeds: what is fed: the last hidden `state`; the placeholder's own `embedding`, a free
             variable for edits; or a `Mixture` of token embeddings.
         slot: `after`: the open token's embedding is consumed, z_0 goes into the next slot.
@@ -71,10 +74,14 @@ class LatentSpec:
             in which it never does).
         project: makes the fed embedding from the last hidden state (after the final norm), given
             the state and whether the input at its position was itself a latent: LVR's head skips
-            the first latent of a span. None feeds the state as it is.
+            the first latent of a span. A `Sketcher` makes it from all states of the span. None
+            feeds the state as it is.
         project_unembeds: the output head reads the projected state as well.
+        on_grid: latents have positions on the grid of the last picture, row by row, instead of
+            those of text; the text goes on as behind a picture.
         criterion: ends a span by its state: True where the state that was read last is the end.
             That state has been fed by then. None is no such end.
+        inserts: which image tokens come again before each placeholder of a prompt; None is none.
         extras: names, or beginnings of names, of weights that a checkpoint holds beside the model.
         equip: makes the spec of a checkpoint from this one, its config and those weights.
         prompt: how its authors prompted it.
@@ -95,6 +102,7 @@ class LatentSpec:
     steps_key: tuple[str, int] | None = None
     trigger: Trigger = "sampled"
     forced_at: int = 0
+    cue: Cue | None = None
     feeds: Literal["state", "embedding"] | Mixture = "state"
     slot: Literal["after", "replace"] = "after"
     budget: int | None = None
@@ -103,8 +111,10 @@ class LatentSpec:
     emit: Literal["pad", "sampled"] = "pad"
     reopens: bool = False
     multi_span: bool = True
-    project: Project | None = None
+    project: Project | Sketcher | None = None
     project_unembeds: bool = False
+    on_grid: bool = False
+    inserts: Insertion | None = None
     criterion: Callable[[Float[torch.Tensor, "row d_model"]], Bool[torch.Tensor, " row"]] | None = (
         None
     )
@@ -131,6 +141,18 @@ class LatentSpec:
                 f"LatentSpec {self.name!r} feeds placeholders of the prompt and has "
                 f"trigger={self.trigger!r}; set trigger='prompt'"
             )
+        if self.inserts is not None and (self.trigger != "prompt" or self.feeds != "state"):
+            raise ValueError(
+                f"LatentSpec {self.name!r} inserts image tokens before placeholders of the prompt "
+                f"and has trigger={self.trigger!r}, feeds={self.feeds!r}; set trigger='prompt', "
+                "feeds='state'"
+            )
+        draws = isinstance(self.project, Sketcher)
+        if draws and (self.project_unembeds or self.slot == "replace" or self.open is None):
+            raise ValueError(
+                f"LatentSpec {self.name!r} draws its latents, which begin behind an open token and "
+                "are read by no output head; set slot='after', project_unembeds=False and open=..."
+            )
 
     @property
     def kind(self) -> str:
@@ -138,6 +160,11 @@ class LatentSpec:
         if isinstance(self.feeds, Mixture):
             return "mixture"
         return "feedback" if self.feeds == "state" else "free"
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether more than the state before a latent decides what the loop feeds there."""
+        return isinstance(self.project, Sketcher) or self.inserts is not None
 
     @property
     def placeholders(self) -> str:

@@ -77,6 +77,8 @@ class Block:
     mlp_down: str | None
     # what is added is no module's output: it is gated, scaled or flattened on its way
     by_difference: bool = False
+    mid_leaves: bool = False  # `mid` is the module that puts out that stream
+    call: int = 0  # which call of the block within one forward it is, where blocks recur
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,6 @@ def find_structure(model: PreTrainedModel) -> Structure:
             )
     vision = own.get("vision") or _find_vision(model)
     projector = own.get("projector") or _find_projector(model, vision)
-    _counts_from_zero(model, decoder)
     heads = _size(model, config, "num_attention_heads")
     return Structure(
         decoder=paths[id(decoder)],
@@ -222,16 +223,6 @@ def _blocks(
             for b, inside in zip(found, names, strict=True)
         )
     return found
-
-
-def _counts_from_zero(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Refuse a decoder that counts positions from its padding id (Kosmos) where it makes them, and
-    from 0 where it is given them, as it is here."""
-    if hasattr(getattr(decoder, "embed_positions", None), "create_position_ids_from_input_ids"):
-        raise SiteUnavailable(
-            f"{type(model).__name__} counts positions from its padding id, where this library "
-            "counts from 0, so that every state would be another; read it without this library"
-        )
 
 
 def _find_embedding(model: PreTrainedModel) -> nn.Module:

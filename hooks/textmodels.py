@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import AutoModelForMultimodalLM as Multimodal
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from imaginelens.hooks.depth import DepthSpec
 from imaginelens.hooks.errors import CheckpointError
-from imaginelens.hooks.families import FAMILIES, Family, family_of
+from imaginelens.hooks.families import FAMILIES, Family, family_of, in_depth
 from imaginelens.hooks.heads import weight_names
 from imaginelens.hooks.loading import check_folder
 from imaginelens.hooks.prompt_families import CODI_HEAD
@@ -49,6 +51,8 @@ class TextCheckpoint:
             CheckpointError: weights of the model are not in the files.
         """
         names = {f"^{re.escape(self.wrapped)}": ""} if self.wrapped else None
+        if isinstance(self.family, DepthSpec):
+            _tie_as_now(self.name, self.family.embed, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
             self.name,
             use_safetensors=True,  # never a pickle
@@ -87,7 +91,8 @@ def text_checkpoint(
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError):
         return None  # `load_model` says what is wrong with it
-    textual = type(config) in AutoModelForCausalLM._model_mapping
+    deep = isinstance(spec, DepthSpec) or (spec is None and in_depth(config) is not None)
+    textual = deep or type(config) in AutoModelForCausalLM._model_mapping
     if spec is False or type(config) in Multimodal._model_mapping or not textual:
         return None
     tokenizer = _tokenizer(name, **options)
@@ -115,6 +120,22 @@ def _tokenizer(name: str | Path, **options: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tie_as_now(
+    name: str, embed: str, *, revision: str | None, trust_remote_code: bool, **options: Any
+) -> None:
+    """Let code that was written for transformers 4 say which weights are tied as it is said now:
+    a list of names can no longer be opened."""
+    config = AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code
+    )
+    code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if code is None:
+        return
+    own: Any = get_class_from_dynamic_module(code, name, revision=revision)
+    if isinstance(own._tied_weights_keys, list):
+        own._tied_weights_keys = {key: f"{embed}.weight" for key in own._tied_weights_keys}
 
 
 def _told_by_weights(held: Collection[str]) -> Family | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from imaginelens.hooks.grid import ImageGrid, Layout
+from imaginelens.hooks.media import Videos
 
 
 class Kind(IntEnum):
@@ -22,6 +23,9 @@ class Kind(IntEnum):
     LATENT = 4
     ANSWER = 5
     VOCAB = 6  # a latent that is a written token: nothing is laid over its embedding
+    VIDEO = 7
+    AUDIO = 8
+    INSERTED = 9  # an image token that comes again before a latent
 
 
 _SYSTEM = re.compile(
@@ -40,6 +44,7 @@ class Token:
         image, row, col: the image and grid cell it shows; -1 if none.
         span, step: its latent span and its step over all spans of the run; -1 if none.
         box: the cell's pixels as left, top, right, bottom, where the picture is known.
+        video, frame: the video and the frame of it, whose cell `row` and `col` are; -1 if none.
     """
 
     column: int
@@ -52,6 +57,8 @@ class Token:
     span: int = -1
     step: int = -1
     box: tuple[float, float, float, float] | None = None
+    video: int = -1
+    frame: int = -1
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +84,7 @@ class TokenMap:
     final: bool = True
     markers: tuple[int, int] | None = None  # the ids that open and close a latent span
     spoken: Mapping[int, int] = field(default_factory=dict)  # written latents: token id -> group
+    videos: tuple[Videos, ...] = ()  # of each example, where there are any
 
     def __repr__(self) -> str:
         rows = [
@@ -102,6 +110,9 @@ class TokenMap:
     def token(self, row: int, column: int) -> Token:
         """What stands at one column of one row."""
         image, (r, c) = int(self.image[row, column]), map(int, self.cell[row, column])
+        video = frame = -1
+        if self.kind[row, column] == Kind.VIDEO and self.videos:
+            video, frame, r, c = self.videos[row].of(column)
         return Token(
             column=column,
             index=column - self.start(row),
@@ -113,6 +124,8 @@ class TokenMap:
             span=int(self.span[row, column]),
             step=int(self.step[row, column]),
             box=_known(self.box[row, column]),
+            video=video,
+            frame=frame,
         )
 
     def start(self, row: int) -> int:
@@ -219,6 +232,15 @@ class TokenMap:
         )
         new._mark_spoken(range(new.width))
         return new
+
+    def showing(self, videos: Sequence[Videos], audio: int | None) -> "TokenMap":
+        """The same prompt with its video tokens marked, and those that stand for sound, by id."""
+        kind = self.kind.copy()
+        for row, shown in enumerate(videos):
+            kind[row, shown.columns] = Kind.VIDEO
+        if audio is not None:
+            kind[(self.ids == audio) & (kind == Kind.TEXT)] = Kind.AUDIO
+        return replace(self, kind=kind, videos=tuple(videos))
 
     def _mark_spoken(self, columns: range) -> None:
         """In place, from left to right."""

@@ -67,13 +67,14 @@ def do(
     at: Positions,
     context: Context,
     draw: int = 0,
+    heads: Sequence[int] | None = None,
 ) -> Arm:
     """Run a batch under an edit, and read its answers as those of the unedited run were read.
 
     A batch in which the edit did nothing is no error here, for other batches may differ: the
     landing's flags say so.
     """
-    entry = edit_entry(edit, at, sites, draw=draw)
+    entry = edit_entry(edit, at, sites, draw=draw, heads=heads)
     landing = entry.landing = Watched(name, repr(at), entry.landing.sites)
     try:
         if isinstance(entry, TextEntry):
@@ -113,6 +114,8 @@ def _rerun(lens: LatentModel, run: Run, before: Readout, entry: EditEntry) -> tu
     with lens.registry.scope([entry]):
         new = lens.rerun(run)
     modules = tuple(site for site in entry.sites if site != "hook_latent")
-    again = EditEntry(modules, entry.edit, entry.at, Landing("", "", modules), entry.draw)
+    again = EditEntry(
+        modules, entry.edit, entry.at, Landing("", "", modules), entry.draw, entry.heads
+    )
     with lens.registry.scope([again] if modules else []):
         return lens.read_answer(new, before.targets, unedited=before, free=True), new

@@ -107,6 +107,7 @@ class Rows:
             **{name: getattr(whole, name)[rows] for name in arrays},
             grids=tuple(whole.grids[row] for row in rows),
             keys=tuple(whole.keys[row] for row in rows),
+            videos=tuple(whole.videos[row] for row in rows if whole.videos),
         )
 
 

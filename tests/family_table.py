@@ -20,7 +20,10 @@ sys.path[:0] = [str(HERE), str(HERE / "hooks")]
 
 import conftest  # noqa: E402, F401  no network, one thread
 import test_families as vision  # noqa: E402
+import test_huginn as deep  # noqa: E402
+import test_insertion as put_in  # noqa: E402
 import test_prompt_families as prompted  # noqa: E402
+import test_sketchpad as sketched  # noqa: E402
 import test_vocab_families as spoken  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
@@ -38,7 +41,8 @@ class Measured:
 
     Attributes:
         tokens_equal: whether every id, and every place of a latent, is that of the reference.
-        latent_error: the largest difference of any latent; infinite where they do not pair up.
+        latent_error: the largest difference of any latent, in families that recur in depth of any
+            state along it; infinite where they do not pair up.
         folder_error: the same for a model opened from a folder as training leaves it.
     """
 
@@ -69,6 +73,8 @@ def compared(pairs: Iterator[Pair]) -> tuple[bool, float]:
         elif places:
             found = run.latents[row, : len(places)] - trace.latents
             worst = max(worst, float(found.abs().max()))
+        elif getattr(trace, "states", None):
+            worst = max(worst, deep.error_of(run, trace, row))
     return equal, worst
 
 
@@ -244,6 +250,41 @@ def written_folder(name: str, folder: Path) -> Iterator[Pair]:
     yield from spoken.measured(il.load(folder, dtype=torch.float64))
 
 
+def drawn(lens: il.LatentModel) -> Iterator[Pair]:
+    """Spans that a cue or a sampled token opens: alone, and in a batch of other grids."""
+    for plan in sketched.PLANS.values():
+        run = sketched.planned(lens, sketched.example(), [plan])
+        yield run, sketched.judged(lens, sketched.example(), plan), 0
+    given = [sketched.example(i) for i in range(3)]
+    plans = [sketched.PLANS[p] for p in ("two spans", "cue", "never")]
+    run = sketched.planned(lens, given, plans)
+    for row, one in enumerate(given):
+        yield run, sketched.judged(lens, one, plans[row]), row
+
+
+def drawn_folder(folder: Path) -> Iterator[Pair]:
+    yield from drawn(sketched.opened(folder))
+
+
+def recurring_folder(folder: Path) -> Iterator[Pair]:
+    deep.write(folder)
+    yield from deep.measured(deep.opened(folder))
+
+
+def again(lens: il.LatentModel) -> Iterator[Pair]:
+    """Alone, with words behind the placeholders, and in a batch."""
+    given = [
+        put_in.example(0),
+        put_in.example(1, n=1, behind=" and more"),
+        put_in.example(2, n=0),
+        put_in.example(2, behind=" so?"),
+    ]
+    for some in (*([one] for one in given), given):
+        run = lens.run(some, max_new_tokens=put_in.MAX_NEW)
+        for row, one in enumerate(some):
+            yield run, put_in.judged(lens, one), row
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -313,6 +354,13 @@ CHECKS: dict[str, Check] = {
         "InternLM/SIM-CoT Coconut/coconut.py",
         f"{_BY_NAME} or imaginelens_family, for its tokens are Coconut's; its CODI variant is codi",
     ),
+    "ivt-lr": Check(
+        lambda: again(put_in.lens_of()), lambda folder: again(put_in.opened(folder)),
+        "FYYDCC/IVT-LR qwen_vl/qwen_ivtlr.py",
+        f"{_BY_NAME} or imaginelens_family, for its tokens are Coconut's; merged and in "
+        "safetensors, for it was released as LoRA in pickles; at batch size one; measured with 4 "
+        "image tokens before each latent in the place of 32; its Chameleon variant is not modelled",
+    ),
     "codi": Check(
         codi, codi_folder, "zhenyi4/codi test.py:213-245, src/model.py",
         "told by the weights prj.*; adapters must be merged; with remove_eos, as its scripts set",
@@ -327,6 +375,19 @@ CHECKS: dict[str, Check] = {
         free, free_folder, "eric-ai-lab/DMLR DMLR/inference.py:490-740, 790",
         f"{_BY_NAME}; the vectors, and the search for them, are the user's, so only tokens are "
         "compared; positions are those of the prompt's ids",
+    ),
+    "latent-sketchpad": Check(
+        lambda: drawn(sketched.lens_of()), drawn_folder,
+        "hwanyu112/Latent-Sketchpad model/uni_qwen.py, model/perceiver.py",
+        f"{_BY_NAME}; refused without the weights regression_head.*; no checkpoint is public; "
+        "released at batch size one; measured with pictures of 6 cells in the place of 256; its "
+        "Gemma 3 variant is not modelled",
+    ),
+    "huginn": Check(
+        lambda: deep.measured(deep.lens_of()), recurring_folder,
+        "seal-rg/recurrent-pretraining recpre/raven_modeling_minimal.py",
+        "told by model_type huginn_raven; states of every recurrence are compared; initial states "
+        "are drawn by the library; remote code, measured on a class of its build and manners",
     ),
     "covt": _written(
         "covt", "Wakals/CoVT covt_qwen2_5_vl.py:1312", "stock generate; states at written tokens"

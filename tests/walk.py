@@ -103,13 +103,15 @@ def _ended(child: _Child) -> Row:
 # ---- the page --------------------------------------------------------------------------------
 
 NEEDED = ("image", "resid_pre", "resid_post", "attn_out", "mlp_out", "projector", "latent")
-MORE = ("resid_mid", "projector_cells", "pattern", "text_latent", "path_gap", "batch", "sizes")
+MORE = (
+    "resid_mid", "projector_cells", "pattern", "text_latent", "path_gap", "batch", "sizes", "video",
+)  # fmt: skip
 HEADS = {  # columns of the page
     "image": "image", "resid_pre": "resid pre", "attn_out": "attn out", "mlp_out": "mlp out",
     "resid_post": "resid post", "projector": "projector", "latent": "latent",
     "resid_mid": "resid mid", "projector_cells": "image cells", "pattern": "pattern",
     "text_latent": "latent, no image", "path_gap": "read again", "batch": "batch",
-    "sizes": "two images",
+    "sizes": "two images", "video": "video",
 }  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 FAMILIES = Path(__file__).parents[1] / "benchmarks" / "results" / "families.json"
@@ -162,7 +164,7 @@ def _listed(row: Row, columns: Sequence[str]) -> str:
     of: dict[str, list[str]] = {}
     for column in columns:
         said = row.cells.get(column, OK)
-        if said not in (OK, "not reached", "no projector"):
+        if said not in (OK, "not reached", "no projector", "takes no videos"):
             of.setdefault(_sentence(said), []).append(HEADS.get(column, ""))
     return "; ".join(f"{', '.join(heads)}: {said}".lstrip(": ") for said, heads in of.items())
 
@@ -205,6 +207,7 @@ def page(rows: Mapping[str, Row], families: Sequence[Mapping[str, Any]] = ()) ->
             "the projector; attention patterns; latents without an image; reading a run gives its",
             "logits again; a batch of two images gives what each gives alone; and so does a batch",
             "of prompts with two images and one, of different sizes where the type takes them.",
+            "*video*: an encoded video, its tokens found, read again, and in a batch.",
             "",
             *_table([HEADS[c] for c in MORE] + ["remarks"], by["full"], ["type"]),
             "",

@@ -24,6 +24,7 @@ from walk_inputs import (
     SIZE_FIELDS,
     Inputs,
     found_image_inputs,
+    found_video_inputs,
     image_token,
     lengthened,
     other_pixel,
@@ -36,6 +37,7 @@ from walk_shrink import TEXT_IDS, VOCABULARY, shrunken
 
 import imaginelens as il
 from imaginelens.hooks import controls
+from imaginelens.hooks.tokens import Kind
 
 OK = "ok"
 OPEN, CLOSE, PAD = VOCABULARY - 12, VOCABULARY - 11, VOCABULARY - 10
@@ -61,7 +63,7 @@ class Row:
 COLUMNS = (
     "instantiates", "text", "image", "stock_generate", "lens", "describe",
     *BLOCK_SITES, "projector", "projector_cells", "pattern", "text_latent", "latent", "path_gap",
-    "batch", "sizes",
+    "batch", "sizes", "video",
 )  # fmt: skip
 
 
@@ -118,6 +120,7 @@ class _Walk:
                 self._ask("path_gap", self._path_gap)
                 self._ask("batch", self._batch)
                 self._ask("sizes", self._sizes)
+                self._ask("video", self._video)
 
     def _ask(self, column: str, question: Callable[[], str]) -> bool:
         try:
@@ -280,7 +283,7 @@ class _Walk:
         with self.lens.hooks([(site, lambda act, hook: act * 0.5 + 0.25)]):
             _, after = self.lens.run_with_cache(self.image, names_filter=first)
         moved = (after[first] - before[first])[0].flatten(1).abs().amax(-1) > 0
-        shown = self.image["input_ids"][0] == (image_token(self.model.config) or -1)
+        shown = self._shown()
         if not bool(moved.any()):
             return self._reaches_cross_attention(site)
         if bool((moved & ~shown).any()) and bool(shown.any()):
@@ -290,6 +293,10 @@ class _Walk:
         if bool(shown.any()) and int(moved.sum()) not in (int(shown.sum()), rows):
             return f"an edit moves {int(moved.sum())} of {int(shown.sum())} image tokens"
         return OK
+
+    def _shown(self) -> torch.Tensor:
+        """Which positions show the image, as `il.image` selects them."""
+        return torch.as_tensor(self.lens.tokens(self.image).kind[0] == Kind.IMAGE)
 
     def _reaches_cross_attention(self, site: str) -> str:
         """Where images come by cross-attention there is nothing in the first layer to reach: the
@@ -313,11 +320,11 @@ class _Walk:
         site, first = "vision_projector.hook_out", _name(0, "resid_pre")
         if site not in self.lens.registry:
             return "no projector"
-        if image_token(self.model.config) is None:
-            return "its image tokens have no id of their own, so il.image finds none"
         if any("cross_attn" in path for path, _ in self.model.get_decoder().named_modules()):
             return "its images come by cross-attention: no position of the text shows one"
-        shown = torch.nonzero(self.image["input_ids"][0] == image_token(self.model.config))[:, 0]
+        shown = torch.nonzero(self._shown())[:, 0]
+        if not len(shown):
+            return "its image tokens have no id of their own, so il.image finds none"
         _, before = self.lens.run_with_cache(self.image, names_filter=first)
         for column in sorted({int(shown[0]), int(shown[len(shown) // 2]), int(shown[-1])}):
             with self.lens.edit(il.Zero(), at=il.positions([column]), site=site):
@@ -357,9 +364,6 @@ class _Walk:
         return self._latent(self.text) if self.text else "its forward asks for an image"
 
     def _path_gap(self) -> str:
-        beside = set(self.image) & {"cross_attention_mask", "image_attention_mask"}
-        if beside:
-            return f"a run cannot be read again: {', '.join(sorted(beside))} would not go on"
         gap = controls.path_gap(self.lens, self._run(self.image))
         self.row.notes["path_gap"] = f"{gap:.1e}"
         return OK if gap < CLOSE_ENOUGH else f"generating and reading differ by {gap:.1g}"
@@ -402,6 +406,28 @@ class _Walk:
                 return self._not_alone(rows, f"latents of row {i} differ by {gap:.1g}")
         if all(torch.equal(self.image[k], other[k]) for k in SIZE_FIELDS if k in other):
             self.row.notes["sizes"] = "one size"
+        return OK
+
+    def _video(self) -> str:
+        """A video: its tokens are found, a run is read again, and a batch is its rows."""
+        if "pixel_values_videos" not in inspect.signature(self.model.forward).parameters:
+            return "takes no videos"
+        rows = [found_video_inputs(self.model, seed) for seed in (0, 1)]
+        rows[1] = lengthened(rows[1], 3)
+        alone = [self._run(inputs) for inputs in rows]
+        for run, inputs in zip(alone, rows, strict=True):
+            shown = torch.as_tensor(run.tokens.kind[0, : run.tokens.prompt_width] == Kind.VIDEO)
+            ids = inputs["input_ids"][0]
+            tokens = ids[shown].unique()
+            if len(tokens) != 1 or not torch.equal(shown, ids == tokens[0]):
+                return f"il.video finds {int(shown.sum())} tokens of a video"
+            gap = controls.path_gap(self.lens, run)
+            if not gap < CLOSE_ENOUGH:
+                return f"generating and reading differ by {gap:.1g}"
+        together = self._run(stacked(rows))
+        gaps = [_gap(together.latents[i], run.latents[0]) for i, run in enumerate(alone)]
+        if not max(gaps) < CLOSE_ENOUGH:
+            return self._not_alone(rows, f"latents differ by {max(gaps):.1g}")
         return OK
 
 

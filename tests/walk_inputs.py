@@ -5,6 +5,7 @@ number of image tokens is what `get_image_features` returns, or what the model's
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ ROWS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 # beside the ids, what has one entry per token
 ALONG_ROW = (*ROWS, "cross_attention_mask", "image_attention_mask", "image_embeds_position_mask")
 SIZE_FIELDS = ("image_grid_thw", "image_grid_hw", "spatial_shapes", "target_sizes")
+FRAMES = 2  # of a video, as the tower counts them
 TEXT = ((111, 127, 135, 144, 152), (163, 119, 133))  # before and after the image
 
 
@@ -55,6 +57,30 @@ def found_image_inputs(
     if not refused:
         raise ValueError("its forward takes no pixels")
     raise ValueError(f"none of {len(refused)} ways to pack an image is taken; {refused[0]}")
+
+
+def found_video_inputs(model: PreTrainedModel, seed: int) -> Inputs:
+    """One prompt with one video that the model accepts and looks at: its tokens in one piece, or
+    frame by frame.
+
+    Raises:
+        ValueError: no way to pack a video is taken.
+    """
+    refused = []
+    for pixels in _video_ways(model, seed):
+        for token, split in itertools.product(_video_tokens(model.config), (False, True)):
+            try:
+                inputs = _video_prompt(model, pixels, token, split=split)
+                other = other_pixel(inputs, "pixel_values_videos", by=10.0)
+                with torch.no_grad():
+                    seen, changed = (model(**x, use_cache=False).logits for x in (inputs, other))
+            except Exception as error:  # whatever a model raises on pixels it does not take
+                refused.append(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
+            else:
+                if not torch.equal(seen, changed):
+                    return inputs
+                refused.append("one changed pixel of a video does not change the logits")
+    raise ValueError(f"none of {len(refused)} ways to pack a video is taken; {refused[0]}")
 
 
 def text_inputs(model: PreTrainedModel, seed: int = 0, n: int = 12) -> Inputs:
@@ -288,6 +314,53 @@ def _ways(
             yield f"image of {side}", {"pixel_values": pixels(1, g.channels, side, side)}
 
 
+def _video_ways(model: PreTrainedModel, seed: int) -> Iterator[Inputs]:
+    names = set(inspect.signature(model.forward).parameters)
+    g = geometry(model.config)
+    generator = torch.Generator().manual_seed(seed)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return drawn.to(next(model.parameters()).dtype)
+
+    rows, cols = 2 * g.merge, 3 * g.merge
+    n, depth = FRAMES * rows * cols, g.channels * g.patch**2
+    if "video_grid_thw" in names:
+        for frames in (g.frames, 1):
+            packed = {"pixel_values_videos": pixels(n, depth * frames)}
+            packed["video_grid_thw"] = torch.tensor([[FRAMES, rows, cols]])
+            if "video_merge_sizes" in names:
+                packed["video_merge_sizes"] = torch.tensor([g.merge])
+                packed["video_compression_mask"] = torch.ones(n // g.merge**2, dtype=torch.bool)
+            yield packed
+    for frames in (FRAMES, 8):
+        yield {"pixel_values_videos": pixels(1, frames, g.channels, g.side, g.side)}
+
+
+def _video_tokens(config: PreTrainedConfig) -> list[int]:
+    found = (getattr(config, name, None) for name in ("video_token_id", "video_token_index"))
+    tokens = dict.fromkeys((*found, image_token(config)))
+    return [token for token in tokens if token is not None]
+
+
+def _video_prompt(model: PreTrainedModel, pixels: Inputs, token: int, *, split: bool) -> Inputs:
+    def prompt(n: int) -> Inputs:
+        shown = [token] * n
+        if split:
+            shown = [c for t in range(FRAMES) for c in (*[token] * (n // FRAMES), 140 + t)]
+        ids = torch.tensor([[*TEXT[0], *shown, *TEXT[1]]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in inspect.signature(model.forward).parameters:
+                inputs[name] = 2 * (ids == token).long()
+        return inputs
+
+    n = _count(model, pixels, "get_video_features")
+    if n is None:
+        n = _complained(model, prompt(1))
+    return prompt(1 if n is None else n)
+
+
 def _placed(pixels: Any, rows: int, cols: int, depth: int) -> Inputs:
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     places = torch.stack([x.flatten(), y.flatten()], dim=-1)[None]
@@ -350,10 +423,12 @@ def image_token(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def _count(model: PreTrainedModel, pixels: Inputs) -> int | None:
-    extract = getattr(model, "get_image_features", None)
+def _count(
+    model: PreTrainedModel, pixels: Inputs, accessor: str = "get_image_features"
+) -> int | None:
+    extract = getattr(model, accessor, None)
     if extract is None:
-        extract = getattr(model.base_model, "get_image_features", None)
+        extract = getattr(model.base_model, accessor, None)
     if extract is None:
         return None
     taken = inspect.signature(extract).parameters

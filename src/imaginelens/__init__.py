@@ -22,7 +22,9 @@ _HOME = {
         "CheckpointError",
         "Constant",
         "CropImage",
+        "Cue",
         "Delete",
+        "DepthSpec",
         "DonorError",
         "Edit",
         "EditContext",
@@ -36,6 +38,7 @@ _HOME = {
         "ImagineLensError",
         "InputEdit",
         "InputError",
+        "Insertion",
         "Knockout",
         "Landing",
         "LatentModel",
@@ -59,6 +62,7 @@ _HOME = {
         "Sham",
         "Shuffle",
         "SiteUnavailable",
+        "Sketcher",
         "Skip",
         "Slerp",
         "Steer",
@@ -69,6 +73,7 @@ _HOME = {
         "TextSpec",
         "TokenMap",
         "Truncate",
+        "VideoGrid",
         "VocabSpec",
         "Zero",
         "accuracy",
@@ -76,6 +81,7 @@ _HOME = {
         "always_emitters",
         "answer",
         "answers",
+        "audio",
         "base_answer",
         "before_answer",
         "deciding",
@@ -85,6 +91,7 @@ _HOME = {
         "get_act_name",
         "image",
         "imagination",
+        "inserted",
         "kl",
         "last_prompt",
         "latent",
@@ -99,19 +106,38 @@ _HOME = {
         "source_answer",
         "span",
         "text",
+        "video",
     ),
     "imaginelens.mediation": (
+        "Agreement",
+        "Attribution",
+        "Cell",
         "Dependence",
+        "EffectMap",
         "Effects",
+        "FaithfulnessCurve",
         "Interchange",
         "Interventional",
+        "MapStore",
         "Necessity",
         "PotentialOutcomes",
+        "Selectivity",
+        "StepInfluence",
+        "Sufficiency",
+        "attention_knockout",
+        "attribute",
+        "causal_trace",
         "counterfactuals",
+        "faithfulness_curve",
         "input_dependence",
         "interchange",
         "interventional",
         "necessity",
+        "path_patch",
+        "selectivity",
+        "step_influence",
+        "sufficiency",
+        "sweep",
     ),
     "imaginelens.organisms": ("Organism", "load"),
 }
@@ -131,7 +157,9 @@ if TYPE_CHECKING:
     from imaginelens.hooks import CheckpointError as CheckpointError
     from imaginelens.hooks import Constant as Constant
     from imaginelens.hooks import CropImage as CropImage
+    from imaginelens.hooks import Cue as Cue
     from imaginelens.hooks import Delete as Delete
+    from imaginelens.hooks import DepthSpec as DepthSpec
     from imaginelens.hooks import DonorError as DonorError
     from imaginelens.hooks import Edit as Edit
     from imaginelens.hooks import EditContext as EditContext
@@ -144,6 +172,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import ImagineLensError as ImagineLensError
     from imaginelens.hooks import InputEdit as InputEdit
     from imaginelens.hooks import InputError as InputError
+    from imaginelens.hooks import Insertion as Insertion
     from imaginelens.hooks import Knockout as Knockout
     from imaginelens.hooks import Landing as Landing
     from imaginelens.hooks import LatentModel as LatentModel
@@ -167,6 +196,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import Sham as Sham
     from imaginelens.hooks import Shuffle as Shuffle
     from imaginelens.hooks import SiteUnavailable as SiteUnavailable
+    from imaginelens.hooks import Sketcher as Sketcher
     from imaginelens.hooks import Skip as Skip
     from imaginelens.hooks import Slerp as Slerp
     from imaginelens.hooks import Steer as Steer
@@ -177,6 +207,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import TextSpec as TextSpec
     from imaginelens.hooks import TokenMap as TokenMap
     from imaginelens.hooks import Truncate as Truncate
+    from imaginelens.hooks import VideoGrid as VideoGrid
     from imaginelens.hooks import VocabSpec as VocabSpec
     from imaginelens.hooks import Zero as Zero
     from imaginelens.hooks import accuracy as accuracy
@@ -184,6 +215,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import always_emitters as always_emitters
     from imaginelens.hooks import answer as answer
     from imaginelens.hooks import answers as answers
+    from imaginelens.hooks import audio as audio
     from imaginelens.hooks import base_answer as base_answer
     from imaginelens.hooks import before_answer as before_answer
     from imaginelens.hooks import deciding as deciding
@@ -193,6 +225,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import get_act_name as get_act_name
     from imaginelens.hooks import image as image
     from imaginelens.hooks import imagination as imagination
+    from imaginelens.hooks import inserted as inserted
     from imaginelens.hooks import kl as kl
     from imaginelens.hooks import last_prompt as last_prompt
     from imaginelens.hooks import latent as latent
@@ -207,17 +240,36 @@ if TYPE_CHECKING:
     from imaginelens.hooks import source_answer as source_answer
     from imaginelens.hooks import span as span
     from imaginelens.hooks import text as text
+    from imaginelens.hooks import video as video
+    from imaginelens.mediation import Agreement as Agreement
+    from imaginelens.mediation import Attribution as Attribution
+    from imaginelens.mediation import Cell as Cell
     from imaginelens.mediation import Dependence as Dependence
+    from imaginelens.mediation import EffectMap as EffectMap
     from imaginelens.mediation import Effects as Effects
+    from imaginelens.mediation import FaithfulnessCurve as FaithfulnessCurve
     from imaginelens.mediation import Interchange as Interchange
     from imaginelens.mediation import Interventional as Interventional
+    from imaginelens.mediation import MapStore as MapStore
     from imaginelens.mediation import Necessity as Necessity
     from imaginelens.mediation import PotentialOutcomes as PotentialOutcomes
+    from imaginelens.mediation import Selectivity as Selectivity
+    from imaginelens.mediation import StepInfluence as StepInfluence
+    from imaginelens.mediation import Sufficiency as Sufficiency
+    from imaginelens.mediation import attention_knockout as attention_knockout
+    from imaginelens.mediation import attribute as attribute
+    from imaginelens.mediation import causal_trace as causal_trace
     from imaginelens.mediation import counterfactuals as counterfactuals
+    from imaginelens.mediation import faithfulness_curve as faithfulness_curve
     from imaginelens.mediation import input_dependence as input_dependence
     from imaginelens.mediation import interchange as interchange
     from imaginelens.mediation import interventional as interventional
     from imaginelens.mediation import necessity as necessity
+    from imaginelens.mediation import path_patch as path_patch
+    from imaginelens.mediation import selectivity as selectivity
+    from imaginelens.mediation import step_influence as step_influence
+    from imaginelens.mediation import sufficiency as sufficiency
+    from imaginelens.mediation import sweep as sweep
     from imaginelens.organisms import Organism as Organism
     from imaginelens.organisms import load as load
 

@@ -1,4 +1,4 @@
-"""The command line: `imaginelens demo` and `imaginelens doctor`."""
+"""The command line: `imaginelens demo`, `imaginelens study` and `imaginelens doctor`."""
 
 import argparse
 import os
@@ -17,8 +17,12 @@ def main(argv: list[str] | None = None) -> int:
         status: int = arguments.command(arguments)
         return status
     except ImagineLensError as error:
-        print(f"imaginelens: {error}", file=sys.stderr)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"imaginelens: {error}{notes}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nimaginelens: stopped", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,9 +39,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--pairs", type=int, default=64, help="pairs per organism (default 64)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(command=_demo)
+    _add_study(commands.add_parser("study", help="measure the maps that a TOML file describes"))
     doctor = commands.add_parser("doctor", help="versions, device, engine check, what is missing")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_study(study: argparse.ArgumentParser) -> None:
+    study.add_argument("config", nargs="?", type=Path, help="the study's TOML file")
+    study.add_argument("--example", action="store_true", help="print a config that runs as it is")
+    study.add_argument("--dry-run", action="store_true", help="say what it would cost, only")
+    study.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    study.add_argument("--limit", type=int, help="take the first so many pairs")
+    study.add_argument("--seed", type=int, help="of the pairs that are drawn, and of the tests")
+    study.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    study.add_argument("--out", type=Path, help="folder to write to")
+    study.set_defaults(command=_study)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -61,6 +78,47 @@ def _demo(arguments: argparse.Namespace) -> int:
         path = run_demo(arguments.out, n=arguments.pairs, seed=arguments.seed, tick=tick)
     print(path.resolve())
     return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from imaginelens.mediation.study_config import EXAMPLE, read_config
+
+    if arguments.example:
+        print(EXAMPLE, end="")
+        return 0
+    if arguments.config is None:
+        print(
+            "imaginelens: name the study's TOML file; write one with: imaginelens study --example "
+            "> study.toml",
+            file=sys.stderr,
+        )
+        return 2
+    config = read_config(arguments.config).with_options(
+        limit=arguments.limit, seed=arguments.seed, device=arguments.device, out=arguments.out
+    )
+    from imaginelens.mediation.processes import launched
+    from imaginelens.mediation.run_study import run_study, stopped
+    from imaginelens.mediation.study_forecast import forecast
+    from imaginelens.organisms import load
+
+    here = launched(cpu=config.model.device == "cpu")
+    try:
+        if arguments.dry_run:
+            if here.first:
+                print(forecast(config, load, device=here.device))
+            return 0
+        whole = run_study(config, load, resume=arguments.resume, processes=here)
+        return 0 if whole else 1
+    except KeyboardInterrupt:
+        if here.first:
+            again = ["imaginelens study", str(arguments.config)]
+            for name in ("limit", "seed", "device", "out"):
+                value = getattr(arguments, name)
+                again += [] if value is None else [f"--{name}", str(value)]
+            print(f"\nimaginelens: {stopped(config, ' '.join(again))}", file=sys.stderr)
+        return 130
+    finally:
+        here.close()
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
