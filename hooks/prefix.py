@@ -3,11 +3,11 @@
 What an edit cannot reach is not computed again: columns before the earliest edited one keep their
 keys and values, and blocks below the edited one are skipped inside the nnsight trace, their place
 taken by what they made of the unedited rows. Rows are copies of the script's rows, as many as
-there are edits to try.
+there are edits to try; each joins the forward at the block where its edit begins.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Prefix:
         rows: Sequence[int],
         entries: Sequence[Entry],
         *,
-        start: int = 0,
+        starts: Sequence[int] = (),
         enter: Callable[[torch.Tensor, Chunk], torch.Tensor] | None = None,
         acted: frozenset[int] = frozenset(),
     ) -> Logits:
@@ -91,21 +91,31 @@ class Prefix:
 
         Args:
             rows: the script's row that each row of this forward is a copy of.
-            start: the first block that runs; those below are skipped.
-            enter: what to make of the states that enter block `start`.
+            starts: for each row the first block that runs on it, in rising order; none is 0.
+            enter: what to make of the states with which the rows enter those blocks.
             acted: what has acted on the script's latents before, and does not again.
         """
         tokens = picked_tokens(self.script.tokens, rows)
         chunk = Chunk(tokens, self.stop, self.end)
         workers: list[engine.Worker] = []
-        if start:
+        running = self._running(starts or [0] * len(rows))
+        if running[0] < len(rows):
             assert self.streams is not None
-            stream = self.streams[start - 1][list(rows)]
+            below = [
+                self.streams[max(start - 1, 0)][row]
+                for start, row in zip(starts, rows, strict=True)
+            ]
+            stream = torch.stack(below)
             stream = stream if enter is None else enter(stream, chunk)
-            workers.append(_skip(self.lens, start, stream))
-        cache = repeated(self.cache, rows, start)
+            workers.append(_joining(self.lens, running, stream))
+        cache = repeated(self.cache, rows, running)
         with torch.no_grad(), self.lens.registry.scope(entries):
             return _read(self.lens, self.script, chunk, rows, self.columns, cache, workers, acted)
+
+    def _running(self, starts: Sequence[int]) -> list[int]:
+        """How many rows, the first ones, each block runs on."""
+        blocks = range(len(self.lens.structure.blocks) + 1)
+        return [sum(start <= block for start in starts) for block in blocks]
 
     def moved(self, stop: int) -> "Prefix":
         """The same script read up to a later column; itself where the cache cannot be cut back."""
@@ -143,7 +153,7 @@ def prefix_of(
         _check(cache)
         streams: dict[int, Any] = {}
         kept = [_keep(lens, layer, streams) for layer in range(len(lens.structure.blocks))]
-        rest, grown = Chunk(tokens, stop, end), repeated(cache, rows, 0)
+        rest, grown = Chunk(tokens, stop, end), repeated(cache, rows)
         logits = _read(lens, script, rest, rows, columns, grown, kept)
     held = None
     if _skippable(lens) and all(isinstance(s, torch.Tensor) for s in streams.values()):
@@ -170,14 +180,19 @@ def picked_tokens(tokens: TokenMap, rows: Sequence[int]) -> TokenMap:
     )
 
 
-def repeated(cache: DynamicCache, rows: Sequence[int], start: int) -> DynamicCache:
-    """A copy of a cache that can grow by itself, with copies of some rows; layers below `start`,
-    which will not be read, stay as they are."""
+def repeated(
+    cache: DynamicCache, rows: Sequence[int], running: Sequence[int] | None = None
+) -> DynamicCache:
+    """A copy of a cache that can grow by itself, with copies of some rows.
+
+    Args:
+        running: how many of these rows, the first ones, each layer runs on; None is all.
+    """
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
-    index = list(rows)
-    for layer in new.layers[start:]:
-        if layer.keys is None or index == list(range(len(layer.keys))):
+    for number, layer in enumerate(new.layers):
+        index = list(rows) if running is None else list(rows[: running[number]])
+        if layer.keys is None or index == list(range(len(layer.keys))) or not index:
             continue
         if len(set(index)) == 1:  # a view: what grows by concatenation is copied then
             layer.keys, layer.values = (
@@ -268,15 +283,39 @@ def _keep(lens: "LatentModel", layer: int, into: dict[int, Any]) -> engine.Worke
     return worker
 
 
-def _skip(lens: "LatentModel", start: int, stream: torch.Tensor) -> engine.Worker:
-    """A worker that puts a state in the place of what the blocks below `start` would make."""
-    paths = [block.path for block in lens.structure.blocks[:start]]
+def _joining(lens: "LatentModel", running: Sequence[int], stream: torch.Tensor) -> engine.Worker:
+    """A worker that has each block run on its first rows alone; the others join them with their
+    states in `stream`, (row, ...), as they enter the first block that runs on them, or the final
+    norm."""
+    paths = [*(block.path for block in lens.structure.blocks), lens.structure.final_norm]
+    before = [running[0], *running]
+    steps = [s for s in zip(paths, before, running, strict=False) if s[1] < len(stream)]
 
     def worker() -> None:
-        for path in paths:
-            lens.nnsight.get(path).skip(stream)
+        for path, held, now in steps:
+            envoy = lens.nnsight.get(path)
+            if now == 0:
+                envoy.skip(stream[:1])
+                continue
+            envoy.inputs = _first(envoy.inputs, now, len(stream))
+            if now > held:
+                envoy.input = torch.cat([envoy.input[:held], stream[held:now]])
 
     return worker
+
+
+def _first(value: Any, n: int, rows: int) -> Any:
+    """The first `n` of the `rows` of whatever a block is given: states, masks, rotations."""
+    if isinstance(value, Mapping):
+        return {k: _first(v, n, rows) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_first(part, n, rows) for part in value)
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return value
+    # positions on several axes, and their rotations, have those axes before the rows
+    of_axes = value.dim() == 4 if value.is_floating_point() else value.dim() == 3
+    axis = int(of_axes and value.shape[0] in (3, 4) and value.shape[1] == rows)
+    return value.narrow(axis, 0, n) if value.shape[axis] == rows else value
 
 
 def _skippable(lens: "LatentModel") -> bool:

@@ -79,7 +79,7 @@ def resumed(
     inputs: dict[str, Any] = {
         "input_ids": torch.as_tensor(tokens.ids, device=device),
         "attention_mask": _mask(run, index, column + 1),
-        "past_key_values": repeated(prefix.cache, rows, 0),
+        "past_key_values": repeated(prefix.cache, rows),
         **_positions(run, index, column + 1),
         **_types(run, index, column + 1, lens.behaviour.written_type),
     }
@@ -112,7 +112,7 @@ def read_resumed(
     columns = answer_columns(script, targets)
     if min(columns) < prefix.stop:  # no row has an answer
         return lens.read_answer(new, targets, unedited=unedited, free=True)
-    behind = replace(prefix, script=script, cache=repeated(prefix.cache, rows, 0))
+    behind = replace(prefix, script=script, cache=repeated(prefix.cache, rows))
     behind = replace(behind, columns=tuple(columns), end=max(columns) + 1)
     logits = behind.read(range(len(new)), entries, acted=new.acted)
     found = read_out(script, targets, logits, columns, lens.decode, unedited)

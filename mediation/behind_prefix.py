@@ -1,7 +1,7 @@
 """The cells of a map in fixed context, many to a forward, behind one prefix: the fast path.
 
-A cell is a row. Rows whose edits begin at the same block share a forward, and what lies before
-their first edited column, or below that block, is not computed again.
+A cell is a row. What lies before the first edited column of a forward is not computed again, and a
+row joins the forward at the block where its edit begins.
 """
 
 from collections import defaultdict
@@ -41,7 +41,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Forward:
-    """Tasks that share a forward from block `start` on, at the columns from `stop` on."""
+    """Tasks that share a forward, at the columns from `stop` on; the first of them from block
+    `start` on, the others from later ones."""
 
     start: int
     stop: int
@@ -76,16 +77,13 @@ class Batch:
 
     def plan(self, tasks: Sequence[Task], limit: int) -> list[Forward]:
         """Which tasks go together, `limit` rows at most; the same for the same tasks."""
-        by_start: dict[int, list[Task]] = defaultdict(list)
-        for task in tasks:
-            by_start[start_of(self.lens, self.cells[task.cell][0], self.prefix)[0]].append(task)
         found = []
-        for start, some in sorted(by_start.items()):
-            some.sort(key=lambda task: (task.first, task.cell, task.example))
-            for together in self._by_column(some, start):
-                stop = together[0].first if self.prefix.whole is not None else self.prefix.stop
-                parts = range(0, len(together), limit)
-                found += [Forward(start, stop, tuple(together[i : i + limit])) for i in parts]
+        for together in self._by_column(sorted(tasks, key=lambda task: task.first)):
+            stop = together[0].first if self.prefix.whole is not None else self.prefix.stop
+            together.sort(key=lambda task: (self._start(task)[0], task.cell, task.example))
+            for i in range(0, len(together), limit):
+                part = tuple(together[i : i + limit])
+                found.append(Forward(self._start(part[0])[0], stop, part))
         return found
 
     def run(self, forward: Forward, edit: Edit | None = None) -> Outcome:
@@ -103,7 +101,8 @@ class Batch:
             return stream
 
         prefix = self.prefix.moved(forward.stop)
-        logits = prefix.read(rows, within, start=forward.start, enter=enter)
+        starts = [self._start(task)[0] for task in forward.tasks]
+        logits = prefix.read(rows, within, starts=starts, enter=enter)
         unedited = picked_readout(self.before, rows)
         values = self.metric(self._readout(rows, logits, unedited)).double().cpu().numpy()
         flags, change = np.zeros(len(rows), dtype=int), np.full(len(rows), np.nan)
@@ -114,11 +113,15 @@ class Batch:
 
     def sham(self, plan: Sequence[Forward]) -> Float[np.ndarray, " example"]:
         """The effect of putting every state back, on the path of the map: for each example the
-        largest. It is measured in the last forward that runs a block, which costs little."""
-        late = [f for f in plan if f.start < len(self.lens.structure.blocks)][-1:] or plan[-1:]
+        largest. It is measured on the rows that run through the fewest blocks, but through one."""
+        starts = [self._start(task)[0] for task in plan[-1].tasks]
+        n_blocks = len(self.lens.structure.blocks)
+        last = max((start for start in starts if start < n_blocks), default=starts[0])
+        rows = zip(plan[-1].tasks, starts, strict=True)
+        late = Forward(last, plan[-1].stop, tuple(task for task, start in rows if start == last))
         effects = np.zeros(len(self.targets.base_ids))
         before = self.metric(self.before).double().cpu().numpy()
-        for task, value in zip(late[0].tasks, self.run(late[0], Sham()).values, strict=True):
+        for task, value in zip(late.tasks, self.run(late, Sham()).values, strict=True):
             effect = value - before[task.example]
             if abs(effect) >= abs(effects[task.example]) or np.isnan(effect):
                 effects[task.example] = effect
@@ -126,18 +129,22 @@ class Batch:
 
     # ---- parts ------------------------------------------------------------------------------
 
-    def _by_column(self, tasks: Sequence[Task], start: int) -> Iterator[list[Task]]:
+    def _start(self, task: Task) -> tuple[int, bool]:
+        return start_of(self.lens, self.cells[task.cell][0], self.prefix)
+
+    def _by_column(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
         """Tasks that begin at neighbouring columns, as long as reading the later ones from the
-        first column costs less than a forward of their own."""
-        model = self.lens.model
-        weights = sum(p.numel() for p in model.get_submodule(_first_block(self.lens)).parameters())
-        layers = max(len(self.lens.structure.blocks) - start, 1)
+        first column costs less than a forward of their own. Both are counted in columns of one
+        block."""
+        model, blocks = self.lens.model, self.lens.structure.blocks
+        weights = sum(p.numel() for p in model.get_submodule(blocks[0].path).parameters())
         kind = model.device.type if model.device.type in _OVERHEAD else "cuda"
-        spare = _READING[kind] + _OVERHEAD[kind] / (weights * layers)
+        spare = len(blocks) * _READING[kind] + _OVERHEAD[kind] / weights
         together: list[Task] = []
         wasted = 0
         for task in tasks:
-            wasted += task.first - together[0].first if together else 0
+            blocks_run = len(blocks) - self._start(task)[0]
+            wasted += blocks_run * (task.first - together[0].first if together else 0)
             if wasted > spare:
                 yield together
                 together, wasted = [], 0
@@ -162,7 +169,7 @@ class Batch:
             entry = edit_entry(of_rows(edit, rows, selector), at, sites, heads=heads)
             assert isinstance(entry, EditEntry)
             entry.begin()
-            yield entry, members, start_of(self.lens, cell, self.prefix)[1]
+            yield entry, members, self._start(forward.tasks[members[0]])[1]
 
     def _readout(
         self, rows: Sequence[int], logits: torch.Tensor, unedited: Readout | None
@@ -227,7 +234,3 @@ def picked_readout(readout: Readout, rows: Sequence[int]) -> Readout:
         tuple(readout.answers[row] for row in at),
         picked_targets(readout.targets, at),
     )
-
-
-def _first_block(lens: LatentModel) -> str:
-    return lens.structure.blocks[0].path
