@@ -1,6 +1,6 @@
 """What a map over layers and steps costs: the fast path against other ways to the same numbers.
 
-    python benchmarks/sweeps.py [--out benchmarks/results/sweeps.json] [--rounds 5]
+    python benchmarks/sweeps.py [--out benchmarks/results/sweeps.json] [--rounds 7]
 
 A random Qwen2.5-VL of 83 M parameters, 12 layers x 8 positions, one pair, float32, one thread. The
 variants take turns within one process, and a ratio is the median over the rounds of CPU time in a

@@ -363,6 +363,12 @@ def _sections(small: dict[str, Any]) -> None:
     small["text_config"]["rope_parameters"]["mrope_section"] = [4, 6, 6]
 
 
+def _narrow_sound(config: dict[str, Any]) -> None:
+    """Channels double with every downsampling, and the last stage has most of the layers."""
+    for part in ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config"):
+        config[part] |= {"num_filters": 1, "depths": [1] * len(config[part]["depths"])}
+
+
 FIXES: dict[str, Callable[[dict[str, Any]], None]] = {
     "aria": _patches_to_queries,
     "chameleon": _images_as_vocabulary,
@@ -381,6 +387,7 @@ FIXES: dict[str, Callable[[dict[str, Any]], None]] = {
     "qwen2_5_omni_thinker": _marks,
     "qwen3_omni_moe_thinker": _marks,
     "step3p7": _window,
+    "vibevoice_asr": _narrow_sound,
     "mistral_large4": _own_keys,
     "granite4_vision": _one_deep_feature,
 }

@@ -432,9 +432,13 @@ def test_ctrl_c_keeps_what_is_done(
             os.kill(os.getpid(), signal.SIGINT)
         return measure(self, number, **options)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Sweep, "measure", stop)
-        assert as_user("--device", "cpu") == 130
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Sweep, "measure", stop)
+            assert as_user("--device", "cpu") == 130
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     told = capsys.readouterr().err.splitlines()[-1]
     assert "2 of 6 chunks are kept, go on with: imaginelens study study.toml" in told
     assert told.endswith("--device cpu --resume")
