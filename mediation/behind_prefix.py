@@ -24,6 +24,7 @@ from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.rows import RowPositions, has_reference, of_rows
 
 FLAGS = {"not_emitted": 1, "identical_donor": 2}
+Acting = tuple[EditEntry, list[int], bool]  # an entry, its rows, and whether it acts on what enters
 # What a forward costs whatever its size: as much as this many multiply-adds, and for reading each
 # block's weights as much as this many columns. Orders of magnitude will do.
 _OVERHEAD = {"cpu": 1e8, "cuda": 4e11}
@@ -104,12 +105,7 @@ class Batch:
         starts = [self._start(task)[0] for task in forward.tasks]
         logits = prefix.read(rows, within, starts=starts, enter=enter)
         unedited = picked_readout(self.before, rows)
-        values = self.metric(self._readout(rows, logits, unedited)).double().cpu().numpy()
-        flags, change = np.zeros(len(rows), dtype=int), np.full(len(rows), np.nan)
-        for entry, members, _ in entries:
-            told, moved = landed(entry, len(rows))
-            flags[members], change[members] = told[members], moved[members]
-        return Outcome(values, flags, change)
+        return self._outcome(self._readout(rows, logits, unedited), entries)
 
     def sham(self, plan: Sequence[Forward]) -> Float[np.ndarray, " example"]:
         """The effect of putting every state back, on the path of the map: for each example the
@@ -119,15 +115,27 @@ class Batch:
         last = max((start for start in starts if start < n_blocks), default=starts[0])
         rows = zip(plan[-1].tasks, starts, strict=True)
         late = Forward(last, plan[-1].stop, tuple(task for task, start in rows if start == last))
+        return self._largest_of(late, Sham())
+
+    # ---- parts ------------------------------------------------------------------------------
+
+    def _outcome(self, read: Readout, entries: Sequence[Acting]) -> Outcome:
+        values = self.metric(read).double().cpu().numpy()
+        flags, change = np.zeros(len(values), dtype=int), np.full(len(values), np.nan)
+        for entry, members, _ in entries:
+            told, moved = landed(entry, len(values))
+            flags[members], change[members] = told[members], moved[members]
+        return Outcome(values, flags, change)
+
+    def _largest_of(self, forward: Forward, edit: Edit) -> Float[np.ndarray, " example"]:
+        """The largest effect that an edit has on each example, over the rows of a forward."""
         effects = np.zeros(len(self.targets.base_ids))
         before = self.metric(self.before).double().cpu().numpy()
-        for task, value in zip(late.tasks, self.run(late, Sham()).values, strict=True):
+        for task, value in zip(forward.tasks, self.run(forward, edit).values, strict=True):
             effect = value - before[task.example]
             if abs(effect) >= abs(effects[task.example]) or np.isnan(effect):
                 effects[task.example] = effect
         return effects
-
-    # ---- parts ------------------------------------------------------------------------------
 
     def _start(self, task: Task) -> tuple[int, bool]:
         return start_of(self.lens, self.cells[task.cell][0], self.prefix)

@@ -22,7 +22,6 @@ from imaginelens.mediation.behind_prefix import (
     Forward,
     Outcome,
     Task,
-    landed,
     picked_readout,
     picked_targets,
 )
@@ -65,24 +64,12 @@ class Regenerated(Batch):
         targets = picked_targets(self.targets, rows)
         again = [e for e in map(_again, active) if e.sites]
         read = read_resumed(self.lens, new, prefix, rows, targets, unedited, again)
-        values = self.metric(read).double().cpu().numpy()
-        flags, change = np.zeros(len(rows), dtype=int), np.full(len(rows), np.nan)
-        for entry, members, _ in entries:
-            told, moved = landed(entry, len(rows))
-            flags[members], change[members] = told[members], moved[members]
-        return Outcome(values, flags, change)
+        return self._outcome(read, entries)
 
     def sham(self, plan: Sequence[Forward]) -> Float[np.ndarray, " example"]:
         """The effect of putting every state back, on the path of the map: for each example the
         largest, over the rows that are taken up last."""
-        last = plan[-1]
-        effects = np.zeros(len(self.targets.base_ids))
-        before = self.metric(self.before).double().cpu().numpy()
-        for task, value in zip(last.tasks, self.run(last, Sham()).values, strict=True):
-            effect = value - before[task.example]
-            if abs(effect) >= abs(effects[task.example]) or np.isnan(effect):
-                effects[task.example] = effect
-        return effects
+        return self._largest_of(plan[-1], Sham())
 
 
 def _again(entry: EditEntry) -> EditEntry:
