@@ -7,7 +7,9 @@ there are edits to try; each joins the forward at the block where its edit begin
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -237,15 +239,15 @@ def _read(
             chunk, has_images=has_images, projector_rows=lens.projector_rows(script.inputs)
         )
     here = slice(start, stop)
-    laid = script.laid[index][:, here]
-    embeds = script.embeds[index][:, here]
+    laid = script.laid[:, here][index]
+    embeds = script.embeds[:, here][index]
     embeds = lens.registry.on_latents(embeds, chunk, np.arange(start, stop), acted)
     overlay = None
     if bool(laid.any()):
         overlay = lambda own: torch.where(laid[..., None], embeds.to(own), own)  # noqa: E731
     is_latent = torch.as_tensor(chunk.tokens.kind[:, here] == Kind.LATENT)
     projected = unembed_projected(lens.nnsight, lens.registry, lens.spec, is_latent, keep.cpu())
-    with engine.untouched(lens.remembering):
+    with engine.untouched(lens.remembering), _keys_once(device):
         outputs = lens.registry.run(
             lens.nnsight,
             lens.model,
@@ -258,16 +260,32 @@ def _read(
     return logits if logits.shape[1] == len(keep) else logits[:, keep]
 
 
+@contextmanager
+def _keys_once(device: torch.device) -> Iterator[None]:
+    """On a CPU, attention reads the keys that query heads share where they lie; transformers would
+    else copy them for every head, row by row, which is a quarter of the time behind long prefixes.
+    On other devices torch has no fast kernel for that under a mask."""
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    if device.type != "cpu" or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _inputs(script: Script, start: int, stop: int, rows: list[int]) -> dict[str, Any]:
     """The model's inputs for some columns of some rows; pictures go in with the first column."""
     fields = {k: v for k, v in script.inputs.items() if k in ROW_FIELDS}
     found: dict[str, Any] = {}
     for name, value in fields.items():
         if name == "position_ids":
-            of_rows = value[rows] if value.dim() == 2 else value[:, rows]
-            found[name] = of_rows[..., start:stop]
+            here = value[..., start:stop]
+            found[name] = here[rows] if here.dim() == 2 else here[:, rows]
         else:
-            found[name] = value[rows][:, (0 if name == "attention_mask" else start) : stop]
+            found[name] = value[:, (0 if name == "attention_mask" else start) : stop][rows]
     if start == 0:
         found |= {k: v for k, v in script.inputs.items() if k not in ROW_FIELDS}
     return found
