@@ -20,10 +20,12 @@ SPEC = il.LatentSpec(
     max_steps=3, trigger="forced", forced_at=1, fixed=True,
 )  # fmt: skip
 IN_BLOCKS = (
-    "hook_resid_pre", "attn.hook_q", "attn.hook_v", "attn.hook_rot_k", "attn.hook_z",
-    "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
+    "hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q",
+    "attn.hook_rot_k", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_pre",
+    "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
 )  # fmt: skip
-SITES = [f"blocks.*.{site}" for site in IN_BLOCKS] + ["hook_latent", "ln_final.hook_normalized"]
+AROUND = ["hook_latent", "ln_final.hook_normalized", "unembed.hook_out"]
+SITES = [f"blocks.*.{site}" for site in IN_BLOCKS] + AROUND
 SIZES = ((48, 32), (24, 40), (40, 40), (48, 32))
 TEXTS = ("what colour?", "where is the red cube?", "how many cats?", "what is it?")
 UNCHECKED = getattr(sweep, "__wrapped__", sweep)  # by its own sentences, not by beartype
@@ -73,6 +75,15 @@ def test_fast_is_slow_at_every_site(name: str) -> None:
     assert fast.sham is not None
     assert np.abs(fast.sham).max() < 1e-12
     assert lens.registry.entries == []
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_fast_is_slow_where_attention_itself_is_edited(name: str) -> None:
+    lens, pairs = lens_of(name), pairs_of(name)
+    options = {"sites": "blocks.*.attn.hook_pattern", "edit": il.Zero(), "context": "fixed"}
+    fast = sweep(lens, pairs, **options)
+    same(fast, sweep(lens, pairs, fast=False, **options))
+    assert np.abs(fast.effect).max() > 0.01
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
