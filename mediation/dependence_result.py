@@ -10,17 +10,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from imaginelens.estimates import Estimate
+from imaginelens.estimates.alike import Inter, Intra, by_unit, mean
 from imaginelens.estimates.inputs import group_codes
 from imaginelens.estimates.similarity import (
     NothingToFind,
     Rank,
     Retrieval,
-    cosines,
     rank,
     retrieval,
 )
 from imaginelens.hooks.errors import InputError
-from imaginelens.mediation.alike import Inter, Intra, by_unit, mean
 from imaginelens.mediation.dependence_runs import Baseline, relative
 from imaginelens.mediation.provenance import Provenance
 
@@ -164,10 +163,7 @@ class Dependence:
             InputError: fewer than 3 inputs have that step.
         """
         rows = self._rows(step)
-        raw, centred, whitened = (
-            cosines(self.states[rows, step], kind=kind) for kind in ("raw", "centred", "whitened")
-        )
-        return Inter(rows, raw, centred, whitened)
+        return Inter.of(self.states[rows, step], rows)
 
     @cached_property
     def intra(self) -> Intra:

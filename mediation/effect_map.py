@@ -508,6 +508,19 @@ class EffectMap:
 
         return merge(maps)
 
+    def plot(self, **options: Any) -> Any:
+        """The map as a plotly figure: a panel for each site, layers down, steps or heads across.
+
+        White is no effect, grey was not measured; an outlined cell's interval leaves out 0. The
+        figure is returned, not shown; `.save("map.png")` needs no browser.
+
+        Args:
+            options: of `imaginelens.view.maps.heatmap`: level, limit, palette, title.
+        """
+        from imaginelens.view.maps import heatmap
+
+        return heatmap(self, **options)
+
     def save(self, folder: str | Path) -> Path:
         """Write the map to a folder, whole or not at all, and return the folder.
 

@@ -79,6 +79,7 @@ class States:
         at: the selector that the steps come from.
         controls: the same examples seen otherwise, by name: "random model", "raw input", "dummy".
         keys: what identifies each example's content.
+        notes: what is missing, and why: controls that could not be made, steps that were not there.
 
     Raises:
         InputError: parts do not fit each other, or states are not finite numbers.
@@ -93,6 +94,7 @@ class States:
     at: str = "latent"
     controls: Mapping[str, "States"] = field(default_factory=lambda: MappingProxyType({}))
     keys: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)

@@ -608,7 +608,7 @@ def test_states_that_say_nothing_are_refused() -> None:
         Dependence.of(states, pairs=[[0, 6]])
     with pytest.raises(il.InputError, match="twins=True came without pairs"):
         Dependence.of(states, twins=True)
-    with pytest.raises(il.InputError, match="there is 1 step, which follows no other"):
+    with pytest.raises(EstimateError, match="there is 1 step, which follows no other"):
         Dependence.of(states[:, :1]).intra.adjacent()
     with pytest.raises(il.InputError, match="at step 0 no labels are known"):
         Dependence.of(states).retrieval(0)

@@ -1,7 +1,7 @@
 """A tiny trained model whose mechanism is known, as a `LatentModel` with a task."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging
 
-from imaginelens.hooks import FAMILIES, CheckpointError, LatentModel, Pairs
+from imaginelens.hooks import FAMILIES, CheckpointError, InputError, LatentModel, Pairs
 from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.families import Family
 from imaginelens.hooks.pairs import Example, Steps
@@ -27,6 +27,20 @@ class Organism(LatentModel):
     def card(self) -> dict[str, Any]:
         """What was measured when it was trained: accuracy, do(Z) profile, swap shares."""
         return card(self.name)
+
+    @property
+    def variables(self) -> Mapping[str, Callable[[Example, int], Any]]:
+        """What the rule of the hunt knows at a latent step, by name: (example, step) -> value.
+
+        Step t stands for the card after t + 1 hops: its `name` and its `shape`; once the hops are
+        used up, the last card. `answer` is the same at every step.
+
+        >>> lens = load("latent-content")
+        >>> example = lens.task(n=1).base[0]
+        >>> lens.variables["shape"](example, 1) == example["hunt"].answer
+        True
+        """
+        return {"name": _card_at, "shape": _shape_at, "answer": _answer_at}
 
     def task(self, n: int = 64, seed: int = 0) -> Pairs:
         """Draw pairs of hunts whose answers differ, with every mechanism's prediction.
@@ -117,6 +131,29 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _hunt_of(example: Example) -> hunt.Hunt:
+    if "hunt" not in example:
+        raise InputError(
+            f"an example with {', '.join(map(repr, example))} brings no hunt, so what its latents "
+            "stand for is not known; take examples of lens.task, with their pictures as they were"
+        )
+    found: hunt.Hunt = example["hunt"]
+    return found
+
+
+def _card_at(example: Example, step: int) -> str:
+    game = _hunt_of(example)
+    return game.path[min(step + 1, game.hops)]
+
+
+def _shape_at(example: Example, step: int) -> str:
+    return _hunt_of(example).shape_of(_card_at(example, step))
+
+
+def _answer_at(example: Example, step: int) -> str:
+    return _hunt_of(example).answer
 
 
 def _predict(rule: hunt.Hypothesis, base: Example, source: Example, steps: Steps) -> str:

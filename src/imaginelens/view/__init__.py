@@ -1,4 +1,7 @@
-"""What people look at: the self-contained HTML report."""
+"""What people look at: figures, and the self-contained HTML report."""
+
+from importlib import import_module
+from typing import Any
 
 from imaginelens.view.heatmap import heatmap_svg as heatmap_svg
 from imaginelens.view.page import render as render
@@ -19,3 +22,21 @@ from imaginelens.view.report import Report as Report
 from imaginelens.view.report import Row as Row
 from imaginelens.view.report import Study as Study
 from imaginelens.view.report import Token as Token
+
+_FIGURES = {  # drawn by plotly, which is imported when the first is asked for
+    "Figure": "figure",
+    "lens_heatmap": "probing",
+    "probe_heatmap": "probing",
+    "similarity_curves": "probing",
+    "similarity_matrices": "probing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FIGURES:
+        raise AttributeError(f"imaginelens.view has no {name!r}; see dir(imaginelens.view)")
+    return getattr(import_module(f"imaginelens.view.{_FIGURES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FIGURES])

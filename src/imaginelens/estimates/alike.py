@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from imaginelens.estimates import Estimate
-from imaginelens.estimates.similarity import Kind, mean_offdiagonal, standardised
-from imaginelens.hooks.errors import InputError
+from imaginelens.estimates.errors import EstimateError
+from imaginelens.estimates.estimate import Estimate
+from imaginelens.estimates.similarity import Kind, cosines, mean_offdiagonal, standardised
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,18 @@ class Inter:
     raw: Float[np.ndarray, "input input"]
     centred: Float[np.ndarray, "input input"]
     whitened: Float[np.ndarray, "input input"]
+
+    @staticmethod
+    def of(states: Float[np.ndarray, "input dim"], inputs: Int[np.ndarray, " input"]) -> "Inter":
+        """All three matrices of one step's states.
+
+        Raises:
+            EstimateError: states are no finite numbers, or fewer than 2.
+        """
+        raw, centred, whitened = (
+            cosines(states, kind=kind) for kind in ("raw", "centred", "whitened")
+        )
+        return Inter(inputs, raw, centred, whitened)
 
     def mean(self, kind: Kind = "raw") -> float:
         """The mean cosine of all pairs of different inputs; nan where states have no direction."""
@@ -69,10 +81,10 @@ class Intra:
         """The mean cosine of steps that follow each other, as an `Estimate`.
 
         Raises:
-            InputError: there is only one step.
+            EstimateError: there is only one step, or fewer than 2 inputs have two that follow.
         """
         if self.mask.shape[1] < 2:
-            raise InputError(
+            raise EstimateError(
                 "there is 1 step, which follows no other; look at .inter(0), or at more steps"
             )
         found = self.per_input(kind)

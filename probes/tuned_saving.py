@@ -1,0 +1,134 @@
+"""A tuned lens as a folder, and back: weights in safetensors, words in JSON, a card. No pickle."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+
+from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.probes.tuned_lens import TunedLens
+from imaginelens.probes.tuned_training import bits
+
+WEIGHTS, WORDS, CARD = "tuned_lens.safetensors", "tuned_lens.json", "README.md"
+VERSION = 1
+
+
+def save(lens: TunedLens, folder: Path) -> Path:
+    """Write a lens to a folder; the file with the words comes last, and is the proof."""
+    if (folder / WORDS).exists():
+        raise InputError(f"{str(folder)!r} holds a tuned lens already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"weight/{s}": w.contiguous().cpu() for s, w in lens.weights.items()}
+    tensors |= {f"bias/{s}": b.contiguous().cpu() for s, b in lens.biases.items()}
+    for name, found in (("kl_before", lens.kl_before), ("kl_after", lens.kl_after)):
+        tensors |= {f"{name}/{s}": torch.tensor(e.values) for s, e in found.items()}
+    content = to_bytes(tensors, metadata={"format": "pt"})
+    groups = lens.kl_before[lens.sites[0]].groups
+    words = {
+        "format": VERSION,
+        "digest": hashlib.sha256(content).hexdigest(),
+        "sites": list(lens.sites),
+        "at": lens.at,
+        "model": lens.model,
+        "groups": None if groups is None else [str(group) for group in groups],
+    }
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / CARD).write_text(card(lens), encoding="utf-8")
+    (folder / WORDS).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> TunedLens:
+    """Read a lens from a folder, if there is one of this name, or else from the Hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = snapshot_download(
+                str(name), revision=revision, allow_patterns=[WEIGHTS, WORDS, CARD]
+            )
+        except (OSError, HFValidationError) as error:
+            raise CheckpointError(
+                f"there is no folder {str(name)!r}, and the Hub gave none of that name ({error}); "
+                "give a folder that .save() wrote, or a repository's id"
+            ) from error
+        folder = Path(found)
+    try:
+        words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
+        content = (folder / WEIGHTS).read_bytes()
+        if words["format"] != VERSION:
+            raise ValueError(f"its format is {words['format']!r}, and this version reads {VERSION}")
+        if words["digest"] != hashlib.sha256(content).hexdigest():
+            raise ValueError(f"{WEIGHTS} and {WORDS} do not belong together")
+        return _built(words, from_bytes(content))
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(
+            f"{str(name)!r} does not hold a tuned lens that can be read ({error}); make one with "
+            "TunedLens.fit(...).save(folder)"
+        ) from error
+
+
+def push(lens: TunedLens, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Create a repository of models on the Hub, if it is not there, and put the lens in it."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    address = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        save(lens, Path(folder))
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=f"Tuned lens of a {lens.model}"
+        )
+    return str(address)
+
+
+def card(lens: TunedLens) -> str:
+    """The README of a saved lens, in the Hub's conventions."""
+    rows = [
+        f"| {s} | {lens.kl_before[s].value:.4f} {lens.kl_before[s].ci()} "
+        f"| {lens.kl_after[s].value:.4f} {lens.kl_after[s].ci()} |"
+        for s in lens.sites
+    ]
+    return f"""---
+library_name: imaginelens
+tags: [imaginelens, tuned-lens, interpretability]
+---
+# Tuned lens of a {lens.model}
+
+Affine translators of {len(lens.sites)} sites (Belrose et al. 2023), trained at `{lens.at}`.
+KL(final || lens) in bits on {lens.kl_after[lens.sites[0]].n} held-out examples, 95% intervals:
+
+| site | logit lens | tuned lens |
+|-|-|-|
+{chr(10).join(rows)}
+
+What a state reads as is not evidence of what it is used for.
+
+```python
+import imaginelens as il
+tuned = il.probes.TunedLens.from_pretrained("this repository")
+print(tuned(lens, lens.run(inputs)))
+```
+"""
+
+
+def _built(words: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> TunedLens:
+    sites, groups = tuple(words["sites"]), words["groups"]
+    return TunedLens(
+        sites,
+        {s: tensors[f"weight/{s}"] for s in sites},
+        {s: tensors[f"bias/{s}"] for s in sites},
+        {s: bits(tensors[f"kl_before/{s}"].numpy(), s, "logit lens", groups) for s in sites},
+        {s: bits(tensors[f"kl_after/{s}"].numpy(), s, "tuned lens", groups) for s in sites},
+        words["at"],
+        words["model"],
+    )
