@@ -278,6 +278,12 @@ class Effects:
         names = [n for n in FORMULA if self.worlds.c0 is not None or n not in needs]
         return {name: getattr(self, name) for name in names}
 
+    def plot(self, **options: Any) -> Any:
+        """The effects as a forest plot with 95% and 90% intervals; `margin=` is drawn as a band."""
+        from imaginelens.view.forest_plot import forest
+
+        return forest(self, **options)
+
     def __repr__(self) -> str:
         worlds = self.worlds
         head = f"Effects on {worlds.metric} of {len(worlds)} examples"

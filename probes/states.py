@@ -207,6 +207,12 @@ class States:
         }
         return replace(self, labels=_labels(labels, self.mask), label=label, controls=controls)
 
+    def plot(self, **options: Any) -> Any:
+        """The states of each example by step, in the plane of two principal components."""
+        from imaginelens.view.latent_plane import trajectories
+
+        return trajectories(self, **options)
+
     def __repr__(self) -> str:
         counts = zip(self.shape, ("example", "step", "layer"), strict=False)
         size = " x ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts)

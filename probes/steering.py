@@ -118,6 +118,12 @@ class DoseResponse:
         ]
         return int(np.sum(np.abs(slopes) >= abs(self.slope.value) - 1e-12))
 
+    def plot(self, **options: Any) -> Any:
+        """The effect of each dose as a figure, beside random directions."""
+        from imaginelens.view.doses import dose_response
+
+        return dose_response(self, **options)
+
     def __repr__(self) -> str:
         lines = [
             f"DoseResponse at {self.where}, {self.context} context: change of "

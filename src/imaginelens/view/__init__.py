@@ -24,11 +24,19 @@ from imaginelens.view.report import Study as Study
 from imaginelens.view.report import Token as Token
 
 _FIGURES = {  # drawn by plotly, which is imported when the first is asked for
+    "AttentionShares": "attention_picture",
     "Figure": "figure",
+    "attention_shares": "attention_picture",
+    "attention_to_latents": "attention_picture",
+    "dose_response": "doses",
+    "forest": "forest_plot",
+    "image_overlay": "overlay",
     "lens_heatmap": "probing",
     "probe_heatmap": "probing",
     "similarity_curves": "probing",
     "similarity_matrices": "probing",
+    "token_strip": "run_strip",
+    "trajectories": "latent_plane",
 }
 
 

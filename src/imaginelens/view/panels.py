@@ -209,7 +209,7 @@ def _add(figure: Figure, panel: Panel, sheet: Sheet, page: Page, place: Place, n
     plain = {"showgrid": False, "zeroline": False}
     flat = _longest(panel.columns) <= 8
     figure.layout[f"xaxis{x[1:]}"] = (
-        _ticks(panel.columns, place.width, 8.0 * _longest(panel.columns) + 8 if flat else 18.0)
+        _ticks(panel.columns, place.width, 7.0 * _longest(panel.columns) + 4 if flat else 18.0)
         | {"tickangle": 0 if flat else -45, "anchor": y}
         | {"range": [-0.5, n_columns - 0.5], "domain": page.across(place)}
         | {"title": {"text": _words(panel.column_axis)}}

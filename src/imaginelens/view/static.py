@@ -218,9 +218,9 @@ class _Drawing:
         if about.colorscale is None or about.showscale is False or not hasattr(self, "mesh"):
             return
         left, bottom, width, height = self.inside
-        place = self.page.add_axes(
-            (left + width + 14 / self.width, bottom, 14 / self.width, height)
-        )
+        thin = 14 / self.width
+        right = 1.0 if about.colorbar.x is None else about.colorbar.x
+        place = self.page.add_axes((left + width * right + thin, bottom, thin, height))
         bar = self.page.colorbar(self.mesh, cax=place)
         bar.ax.tick_params(labelsize=11 * _POINT)
         bar.outline.set_visible(False)
