@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "imaginelens.view": (
+        "PatchExplorer",
+        "explore",
+    ),
     "imaginelens.estimates": (
         "Estimate",
         "relative",
@@ -143,7 +147,8 @@ _HOME = {
 }
 _PARTS = ("estimates", "hooks", "mediation", "organisms", "probes", "view")
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = [*_WHERE, *_PARTS, "__version__"]
+# the widget needs an extra, and is not for `import *`
+__all__ = [*(n for n, home in _WHERE.items() if home != "imaginelens.view"), *_PARTS, "__version__"]
 
 if TYPE_CHECKING:
     from imaginelens.estimates import Estimate as Estimate
@@ -272,6 +277,8 @@ if TYPE_CHECKING:
     from imaginelens.mediation import sweep as sweep
     from imaginelens.organisms import Organism as Organism
     from imaginelens.organisms import load as load
+    from imaginelens.view import PatchExplorer as PatchExplorer
+    from imaginelens.view import explore as explore
 
 
 def __getattr__(name: str) -> Any:

@@ -26,9 +26,11 @@ from imaginelens.view.report import Token as Token
 _FIGURES = {  # drawn by plotly, which is imported when the first is asked for
     "AttentionShares": "attention_picture",
     "Figure": "figure",
+    "PatchExplorer": "explorer",
     "attention_shares": "attention_picture",
     "attention_to_latents": "attention_picture",
     "dose_response": "doses",
+    "explore": "explorer",
     "forest": "forest_plot",
     "image_overlay": "overlay",
     "lens_heatmap": "probing",
