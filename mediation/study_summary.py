@@ -42,7 +42,7 @@ def summary(name: str, found: EffectMap, *, seed: int = 0) -> Summary:
         {str(key): _plain(value) for key, value in row.items()} for row in frame.to_dict("records")
     ]
     order = sorted(range(len(found)), key=lambda i: -abs(rows[i]["effect"] or 0.0))[:_STRONGEST]
-    told = [*_marks(found), *found.notes]
+    told = [*marks(found), *found.notes]
     strongest = [{"cell": name_of(found.cells[i]), **rows[i]} for i in order]
     words = {
         "name": name,
@@ -73,7 +73,7 @@ def _total(found: EffectMap) -> float | None:
     return float(np.nanmean(found.total))
 
 
-def _marks(found: EffectMap) -> list[str]:
+def marks(found: EffectMap) -> list[str]:
     """What the numbers must not be read without."""
     if found.sham is None or np.isnan(found.sham).all():
         told = ["no sham was run on this path"]

@@ -1,4 +1,4 @@
-"""The command line: `imaginelens demo`, `imaginelens study` and `imaginelens doctor`."""
+"""The command line: `imaginelens demo`, `study`, `report` and `doctor`."""
 
 import argparse
 import os
@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(command=_demo)
     _add_study(commands.add_parser("study", help="measure the maps that a TOML file describes"))
+    report = commands.add_parser("report", help="saved maps as one self-contained HTML page")
+    report.add_argument(
+        "folder", type=Path, metavar="DIR", help="what a study or a map was saved to"
+    )
+    report.add_argument("--out", type=Path, help="the page (default DIR/report.html)")
+    report.set_defaults(command=_report)
     doctor = commands.add_parser("doctor", help="versions, device, engine check, what is missing")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -108,6 +114,8 @@ def _study(arguments: argparse.Namespace) -> int:
                 print(forecast(config, load, device=here.device))
             return 0
         whole = run_study(config, load, resume=arguments.resume, processes=here)
+        if whole and here.first:
+            print(f"report: {_written(config.out, None)}")
         return 0 if whole else 1
     except KeyboardInterrupt:
         if here.first:
@@ -119,6 +127,17 @@ def _study(arguments: argparse.Namespace) -> int:
         return 130
     finally:
         here.close()
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    print(_written(arguments.folder, arguments.out).resolve())
+    return 0
+
+
+def _written(folder: Path, out: Path | None) -> Path:
+    from imaginelens.view.map_report import write
+
+    return write(folder, out)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
