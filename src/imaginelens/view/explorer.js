@@ -171,7 +171,7 @@ class Explorer {
         this.later();
       },
     });
-    box.append(make("div", { class: "il-bar" }, make("h3", { text: title }), grow), ...children);
+    box.append(make("div", { class: "il-bar" }, make("h2", { text: title }), grow), ...children);
     return box;
   }
 
@@ -495,7 +495,7 @@ class Explorer {
       }
     }
     const most = best ? `, largest ${number(best[2])} at ${this.named(best[0], best[1])}` : "";
-    return `${rows} rows by ${columns} columns, ${measured} cells measured${most}. `
+    return `${rows} rows by ${columns} columns, ${measured} ${measured === 1 ? "cell" : "cells"} measured${most}. `
       + "Arrow keys move, Enter runs a cell, Escape cancels.";
   }
 
@@ -777,7 +777,7 @@ class Explorer {
     const [before, other, after] = detail.answers.map((answer) => answer ?? "no answer found");
     const flips = detail.flips ? "flips the answer" : "keeps the answer";
     this.shown.replaceChildren(
-      make("h4", { text: detail.title }),
+      make("h3", { text: detail.title }),
       make("dl", { class: "il-answers" },
         make("dt", { text: "unedited" }), make("dd", {}, make("bdi", { text: before })),
         make("dt", { text: "donor" }), make("dd", {}, make("bdi", { text: other })),

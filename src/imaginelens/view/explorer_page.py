@@ -310,7 +310,7 @@ def page(session: Explorer, *, title: str = "ImagineLens explorer") -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{head}<style>{style()}</style></head>\n"
-        '<body class="il-page"><main id="explorer"></main>\n'
+        f'<body class="il-page"><main>{element("h1", title)}<div id="explorer"></div></main>\n'
         f'<script type="application/json" id="state">{data}</script>\n'
         f'<script type="module">{module}\n{_START}</script>\n</body></html>\n'
     )
