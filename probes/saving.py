@@ -5,9 +5,9 @@ import json
 import os
 import secrets
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.numpy import save as to_bytes
 
 from imaginelens.hooks.errors import CheckpointError
 from imaginelens.probes.estimators import restored
+from imaginelens.probes.hub import upload
 from imaginelens.probes.result import ProbeResult
 
 VERSION = 1
@@ -82,18 +83,9 @@ def load_probe(folder: str | Path) -> ProbeResult:
 
 def push(result: ProbeResult, repo_id: str, *, private: bool, token: str | None) -> str:
     """Create a repository of models on the Hub, if it is not there, and put the result in it."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    address = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        save(result, Path(folder))
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=f"{result.kind} probe of {result.label}, imaginelens {_our_version()}",
-        )
-    return str(address)
+    message = f"{result.kind} probe of {result.label}, imaginelens {_our_version()}"
+    put = partial(save, result)
+    return upload(put, repo_id, message=message, private=private, token=token)
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> ProbeResult:

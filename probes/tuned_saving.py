@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.probes.hub import upload
 from imaginelens.probes.tuned_lens import TunedLens
 from imaginelens.probes.tuned_training import bits
 
@@ -79,16 +80,8 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> TunedLe
 
 def push(lens: TunedLens, repo_id: str, *, private: bool, token: str | None) -> str:
     """Create a repository of models on the Hub, if it is not there, and put the lens in it."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    address = api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        save(lens, Path(folder))
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=f"Tuned lens of a {lens.model}"
-        )
-    return str(address)
+    message = f"Tuned lens of a {lens.model}"
+    return upload(partial(save, lens), repo_id, message=message, private=private, token=token)
 
 
 def card(lens: TunedLens) -> str:
