@@ -1,0 +1,1 @@
+"""Recipes that use the library; run them from a clone: `python -m examples.capimagine.data`."""

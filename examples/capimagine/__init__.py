@@ -1,0 +1,1 @@
+"""CapImagine (arXiv 2602.22766): imagination in words, from the data to its causal analysis."""
