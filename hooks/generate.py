@@ -267,6 +267,8 @@ class LatentLoop:
         # the token sampled now may open a span, or the state may be asked for by the criterion
         if self.spec.slot == "replace" or self.spec.criterion is not None:
             return True
+        if self.spec.trigger == "always" and chunk.stop == self.tokens.prompt_width:
+            return True
         opened = self.tokens.ids[:, chunk.stop - 1] == self.span_tokens.open
         return bool((laid[:, -1] | opened).any())
 

@@ -22,6 +22,11 @@ class RowPositions(Positions):
         selector = self.selectors[row]
         return np.zeros(0, dtype=int) if selector is None else selector.resolve(tokens, row)
 
+    def __repr__(self) -> str:
+        """As the user wrote it where all rows have one selector: errors name positions by this."""
+        names = [repr(selector) for selector in self.selectors]
+        return names[0] if len(set(names)) == 1 else f"rows({', '.join(names)})"
+
 
 @dataclass(frozen=True)
 class RowDonor:

@@ -442,6 +442,22 @@ def test_force_opens_a_span_where_it_is_told_to(name: str) -> None:
     assert [s.opened_by for s in run.trigger.spans] == ["forced"]
 
 
+def test_states_can_be_fed_from_the_first_generated_position_on() -> None:
+    """Plain transformers is the oracle: the final-norm state behind the prompt is the first latent,
+    the state behind that one the second."""
+    spec = replace(il.FAMILIES["mirage"], trigger="always", max_steps=2, fixed=True)
+    lens = lens_of(spec)
+    run = lens.run(example(), keep_logits=True)
+    assert run.trigger.emitted == (2,)
+    assert [s.opened_by for s in run.trigger.spans] == ["always"]
+    prompt = lens.prompt(example()).inputs
+    with torch.no_grad():
+        out = lens.model(**prompt, output_hidden_states=True, use_cache=True)
+        torch.testing.assert_close(run.latents[0, 0], out.hidden_states[-1][0, -1])
+    assert not torch.equal(run.latents[0, 0], run.latents[0, 1])
+    assert controls.path_gap(lens, run) < 1e-9
+
+
 def test_forcing_lvrs_own_number_changes_nothing() -> None:
     lens = lens_of(il.FAMILIES["lvr"].with_steps(CAP))
     free = planned(lens, example(), [{1: "open"}], MAX_NEW)

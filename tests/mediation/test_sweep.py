@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import imaginelens as il
-from imaginelens.hooks import EditTouchedNothing, InputError
+from imaginelens.hooks import EditTouchedNothing, InputError, SiteUnavailable
 from imaginelens.hooks.prefix import prefix_of, why_not
 from imaginelens.mediation import behind_prefix
 from imaginelens.mediation.errors import ControlError
@@ -391,6 +391,12 @@ def test_pairs_are_asked_for() -> None:
     lens, pairs = lens_of("qwen2_5_vl"), pairs_of("qwen2_5_vl")
     with pytest.raises(InputError, match="pairs is a list"):
         UNCHECKED(lens, list(pairs.base))
+
+
+def test_an_overwritten_site_is_named_with_the_position_as_the_user_wrote_it() -> None:
+    lens, pairs = lens_of("qwen2_5_vl"), pairs_of("qwen2_5_vl")
+    with pytest.raises(SiteUnavailable, match=r"^latent\[0\] selects latent .* 'hook_latent'"):
+        sweep(lens, pairs, sites="hook_embed", positions=il.latent, context="fixed")
 
 
 def test_a_map_that_touched_nothing_is_an_error() -> None:
