@@ -403,7 +403,7 @@ def _read_by_the_model(
         ):
             if (kinds == kind).any():
                 raise SiteUnavailable(
-                    f"{at!r} selects {kind.name.lower()} positions, whose token embedding is "
+                    f"{at} selects {kind.name.lower()} positions, whose token embedding is "
                     f"overwritten before anything reads it; edit {instead!r} there"
                 )
     return np.ones(len(rows), dtype=bool)

@@ -22,10 +22,9 @@ class RowPositions(Positions):
         selector = self.selectors[row]
         return np.zeros(0, dtype=int) if selector is None else selector.resolve(tokens, row)
 
-    def __repr__(self) -> str:
-        """As the user wrote it where all rows have one selector: errors name positions by this."""
-        names = [repr(selector) for selector in self.selectors]
-        return names[0] if len(set(names)) == 1 else f"rows({', '.join(names)})"
+    def __str__(self) -> str:
+        """The selectors as the user wrote them, each once: errors name positions by this."""
+        return ", ".join(dict.fromkeys(str(s) for s in self.selectors if s is not None))
 
 
 @dataclass(frozen=True)
