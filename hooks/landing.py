@@ -11,6 +11,7 @@ import torch
 from imaginelens.hooks.errors import EditTouchedNothing
 
 Flag = Literal["not_emitted", "identical_donor"]
+_ROWS, _COLUMNS = 3, 6  # that are named in words
 
 
 @dataclass(repr=False)
@@ -51,6 +52,23 @@ class Landing:
         }
 
     @property
+    def touched(self) -> str:
+        """What it touched, in words: how many cells, and the columns of the first rows.
+
+        >>> landing = Landing("Swap", "latent[1]", ("hook_latent",))
+        >>> landing.cells.append((0, 29, "hook_latent", 1.5))
+        >>> landing.touched
+        '1 cell in 1 row: column 29 of row 0'
+        """
+        columns: dict[int, set[int]] = {}
+        for row, column, *_ in self.cells:
+            columns.setdefault(row, set()).add(column)
+        told = [_columns(sorted(columns[row]), row) for row in sorted(columns)[:_ROWS]]
+        more = [f"{len(columns) - _ROWS} more rows"] * (len(columns) > _ROWS)
+        count = f"{_many(len(self.cells), 'cell')} in {_many(len(columns), 'row')}"
+        return f"{count}: {', '.join(told + more)}" if columns else count
+
+    @property
     def relative_change(self) -> float:
         """Mean of ||new - old|| / ||old|| over the touched cells; nan before it fired."""
         return float(np.mean([change for *_, change in self.cells])) if self.cells else float("nan")
@@ -60,9 +78,14 @@ class Landing:
         edges = f", {self.edges} edges" if self.edges else ""
         return (
             f"Landing({self.edit} at {self.at} of {', '.join(self.sites[:3])}: fired in "
-            f"{self.fired} forwards, {len(self.cells)} cells in {len(self.rows)} rows, relative "
-            f"change {self.relative_change:.3g}{edges}{flags})"
+            f"{_many(self.fired, 'forward')}, {self.touched}; relative change "
+            f"{self.relative_change:.3g}{edges}{flags})"
         )
+
+    def _repr_html_(self) -> str:
+        from imaginelens.view.run_cards import landing_card
+
+        return landing_card(self)
 
     def record(
         self,
@@ -149,3 +172,13 @@ def text_change(old: Sequence[int], new: Sequence[int]) -> float:
     0.25
     """
     return 1.0 - difflib.SequenceMatcher(None, list(old), list(new), autojunk=False).ratio()
+
+
+def _columns(columns: Sequence[int], row: int) -> str:
+    listed = ", ".join(map(str, columns[:_COLUMNS]))
+    more = f" and {len(columns) - _COLUMNS} more" if len(columns) > _COLUMNS else ""
+    return f"column{'s' * (len(columns) != 1)} {listed}{more} of row {row}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

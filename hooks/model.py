@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import nnsight
 import numpy as np
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
     GenerationMixin,
@@ -21,7 +22,6 @@ from transformers.generation import (
 )
 
 from imaginelens.hooks import answers, engine
-from imaginelens.hooks import positions as select
 from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.behaviour import find_behaviour
 from imaginelens.hooks.bytoken import by_token
@@ -50,7 +50,7 @@ from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
 from imaginelens.hooks.pixels import PixelEdit, edit_pixels
-from imaginelens.hooks.positions import Positions
+from imaginelens.hooks.positions import Positions, answer, image, latent
 from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
 from imaginelens.hooks.readout import answer_columns, read_out
@@ -70,22 +70,27 @@ from imaginelens.hooks.tokens import Kind, TokenMap, map_prompt
 from imaginelens.hooks.vocabspans import VocabSpec, states_of_words, without_feedback
 from imaginelens.hooks.widening import Widened, mark_inserted, settle_inserted, widened
 
+if TYPE_CHECKING:
+    from imaginelens.hooks.bound import BoundModel
+
 Hooks = Sequence[tuple[NamesFilter, Callable[..., torch.Tensor | None]]]
-DEFAULT_POSITIONS = (select.latent, select.answer)
+DEFAULT_POSITIONS = (latent, answer)
 
 
 class LatentModel:
     """A multimodal model whose named states can be read, patched, ablated and swapped.
 
     Args:
-        model: an instantiated Hugging Face model; it is wrapped, never changed.
+        model: an instantiated Hugging Face model; it is wrapped, never changed. A TransformerBridge
+            is taken with its components, and its hooks go on acting.
         processor: its processor; without one only encoded inputs are taken.
         spec: how the family feeds latents back (`il.LatentSpec`), writes them as tokens
             (`il.VocabSpec`), imagines in words (`il.TextSpec`) or recurs in depth
             (`il.FAMILIES["huginn"].with_steps(8)`), or the name of an entry of `il.FAMILIES`; None
             recognises it, `False` is no family.
         answer: finds the answer in what the model wrote: a function of `il.answers`, or a callable
-            from text to text; None is the family's own way, or all that was written.
+            from text to text, which is shown all of it, the family's own tokens included; None is
+            the family's own way, or all that was written.
 
     Attributes:
         family: how it imagines; `spec` is the same if it feeds latents back, or else None.
@@ -96,13 +101,20 @@ class LatentModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         processor: Any = None,
         spec: Family | str | Literal[False] | None = None,
         *,
         answer: Callable[[str], Any] | None = None,
     ) -> None:
-        self.model = model
+        # of a TransformerBridge, the model that it has put its components into
+        model = getattr(model, "original_model", model)
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(
+                f"il.LatentModel was given a {type(model).__name__}; pass a Hugging Face model, "
+                "such as AutoModelForImageTextToText.from_pretrained(...) gives"
+            )
+        self.model: PreTrainedModel = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         found = family_of(model.config, self.tokenizer) if spec is None else named(spec)
@@ -470,6 +482,30 @@ class LatentModel:
         with self.registry.scope(entries):
             yield self
 
+    def transformer_lens(self, inputs: Any) -> "BoundModel":
+        """One input as a model of TransformerLens, for its own functions: pictures and latents are
+        read whenever they call it.
+
+        Args:
+            inputs: a prompt, or a `Run`, which is read over its whole sequence, latents included.
+
+        >>> from transformer_lens import patching
+        >>> from imaginelens.organisms import load
+        >>> lens = load("latent-content")
+        >>> task = lens.task(n=1, seed=0)
+        >>> base = lens.transformer_lens(lens.run(task.base))
+        >>> source = lens.transformer_lens(lens.run(task.source))
+        >>> _, cache = source.run_with_cache(source.tokens)
+        >>> def metric(logits):
+        ...     return logits[0, -2].max()
+        >>> patching.get_act_patch_resid_pre(base, base.tokens, cache, metric).shape
+        torch.Size([3, 28])
+        """
+        from imaginelens.hooks.bound import BoundModel
+
+        given = inputs if isinstance(inputs, Run | Prompt) else self.prompt(inputs)
+        return BoundModel(self, given)
+
     def add_hook(
         self,
         name: NamesFilter,
@@ -520,7 +556,7 @@ class LatentModel:
         base: Any,
         source: Any,
         site: NamesFilter = "hook_latent",
-        at: Positions = select.latent,
+        at: Positions = latent,
         metric: Metric = logit_diff,
         context: Context = "free",
         base_answers: str | Sequence[str] | None = None,
@@ -552,7 +588,7 @@ class LatentModel:
         base: Any,
         source: Any,
         *,
-        at: Positions = select.latent,
+        at: Positions = latent,
         metric: Metric = logit_diff,
         context: Context = "free",
         base_answers: str | Sequence[str] | None = None,
@@ -575,7 +611,7 @@ class LatentModel:
         inputs: Any,
         edit: Edit,
         *,
-        at: Positions = select.latent,
+        at: Positions = latent,
         site: NamesFilter = "hook_latent",
         metric: Metric = log_prob,
         context: Context = "free",
@@ -601,7 +637,7 @@ class LatentModel:
         )
 
     def edit_pixels(
-        self, example: Any, edit: InputEdit, *, at: Positions = select.image, seed: int = 0
+        self, example: Any, edit: InputEdit, *, at: Positions = image, seed: int = 0
     ) -> PixelEdit:
         """Edit the pixels that some image tokens of one input see, before the processor runs.
 

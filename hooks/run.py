@@ -22,6 +22,8 @@ from imaginelens.hooks.states import States, pad
 from imaginelens.hooks.tokens import Kind, TokenMap
 from imaginelens.hooks.vocabspans import Cell, forget_unread, read_cells, word_records
 
+_SHOWN = 120  # letters of a text in a terminal
+
 
 @dataclass(frozen=True)
 class Trigger:
@@ -105,8 +107,11 @@ class Run:
     @cached_property
     def texts(self) -> list[str]:
         """What each example wrote, special tokens spelled out, trailing padding left out."""
-        width = self.tokens.prompt_width
-        return [self.tokens.text(row, width) for row in range(len(self))]
+        return [self.wrote(row) for row in range(len(self))]
+
+    def wrote(self, row: int) -> str:
+        """What one example wrote, as in `texts`."""
+        return self.tokens.text(row, self.tokens.prompt_width)
 
     @property
     def answers(self) -> list[str | None]:
@@ -192,8 +197,18 @@ class Run:
     def __repr__(self) -> str:
         lines = [f"Run of {len(self)} example{'s' * (len(self) != 1)}: {self.trigger}"]
         for row in range(min(len(self), 4)):
-            lines.append(f"  {row}: answer {self.answers[row]!r}, text {self.texts[row][:70]!r}")
+            asked, wrote = self.tokens.asked(row), self.wrote(row)
+            lines.append(f"  {row}: asked {asked[:_SHOWN]!r}" + "..." * (len(asked) > _SHOWN))
+            lines.append(
+                f"     wrote {wrote[:_SHOWN]!r}" + "..." * (len(wrote) > _SHOWN)
+                + f", answer {self.answers[row]!r}"
+            )  # fmt: skip
         return "\n".join(lines + (["  ..."] if len(self) > 4 else []))
+
+    def _repr_html_(self) -> str:
+        from imaginelens.view.run_cards import run_card
+
+        return run_card(self)
 
 
 def always_emitters(*runs: Run) -> list[int]:

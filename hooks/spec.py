@@ -222,7 +222,7 @@ class LatentSpec:
         if value is not None:
             return int(value)
         raise CheckpointError(
-            f"the {self.name} family needs a {part} token: {token!r} is not in the tokenizer"
+            f"the {self.name} family needs its {part} token: {token!r} is not in the tokenizer"
             f"{f' and {key!r} is not in the config' if key else ''}; "
             f"pass spec=dataclasses.replace(spec, {part}=<id>)"
         )

@@ -269,8 +269,10 @@ def _find_vision(model: PreTrainedModel) -> nn.Module | None:
 
 def _find_projector(model: PreTrainedModel, vision: nn.Module | None) -> nn.Module | None:
     named = dict(model.named_modules())
+    # a TransformerBridge keeps what it stands for one step deeper
+    plain = {path: path.replace("._original_component", "") for path in named}
     for wanted in _PROJECTORS:
-        found = [p for p in named if p.split(".")[-1] == wanted and p.count(".") <= 2]
+        found = [p for p in named if p.split(".")[-1] == wanted and plain[p].count(".") <= 2]
         if found:
             projector = named[min(found, key=len)]
             # of several, the first: what enters the first layer
@@ -296,6 +298,8 @@ def _image_token_id(model: PreTrainedModel) -> int | None:
 
 
 def _block(path: str, block: nn.Module) -> Block:
+    if type(block).__module__.startswith("transformer_lens."):
+        return _bridged(path, block)
     children = dict(block.named_children())
 
     def child(*names: str) -> str | None:
@@ -342,6 +346,30 @@ def _block(path: str, block: nn.Module) -> Block:
         mlp_pre=inner_m.get("gate_proj") or inner_m.get("w1") or inner_m.get("fc1"),
         mlp_down=inner_m.get("down_proj") or inner_m.get("w2") or inner_m.get("fc2"),
         by_difference=_by_difference(block, mlp),
+    )
+
+
+def _bridged(path: str, block: nn.Module) -> Block:
+    """A block inside a TransformerBridge, whose parts have TransformerLens' names."""
+    # all its names: its own component, too, holds the parts, and one module is listed once
+    inside = {name for name, _ in block.named_modules(remove_duplicate=False)}
+
+    def part(*names: str) -> str | None:
+        return next((f"{path}.{n}" for n in names if n in inside), None)
+
+    return Block(
+        path=path,
+        attention=part("attn"),
+        attn_out=part("ln1_post", "attn"),
+        mlp=part("mlp"),
+        mlp_out=part("ln2_post", "mlp"),
+        mid=part("ln2"),
+        q=part("attn.q"),
+        k=part("attn.k"),
+        v=part("attn.v"),
+        o=part("attn.o"),
+        mlp_pre=part("mlp.gate", "mlp.in"),
+        mlp_down=part("mlp.out"),
     )
 
 

@@ -94,6 +94,11 @@ class TokenMap:
         more = ["  ..."] if len(self) > 4 else []
         return "\n".join([f"TokenMap of {len(self)} x {self.width} positions", *rows, *more])
 
+    def _repr_html_(self) -> str:
+        from imaginelens.view.run_cards import tokens_card
+
+        return tokens_card(self)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -170,6 +175,11 @@ class TokenMap:
         """The decoded text between two columns, padding left out."""
         keep = [c for c in range(*slice(start, stop).indices(self.width)) if self.kind[row, c]]
         return "".join(self.texts(row, keep))
+
+    def asked(self, row: int) -> str:
+        """The words of the prompt, without image tokens and the system message."""
+        columns = self.columns(row, Kind.TEXT)
+        return "".join(self.texts(row, columns[columns < self.prompt_width].tolist()))
 
     def texts(self, row: int, columns: Sequence[int]) -> list[str]:
         """The text that each of the columns adds to the one before it."""

@@ -194,8 +194,10 @@ def _random_model(study: Study, seed: int) -> LatentModel | str:
     if size > SMALL:
         return f"it has {size / 1e6:.0f} M parameters, and is made up to {SMALL / 1e6:.0f} M"
     kind, config = type(lens.model), lens.model.config
+    # not the seed itself: a model made after torch.manual_seed(0) would meet itself
+    own = int(np.random.SeedSequence([seed, 7]).generate_state(1)[0])
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(own)
         try:
             fresh = kind(config).to(lens.model.device, lens.model.dtype).eval()
         except TypeError:

@@ -509,13 +509,14 @@ class EffectMap:
         return merge(maps)
 
     def plot(self, **options: Any) -> Any:
-        """The map as a plotly figure: a panel for each site, layers down, steps or heads across.
+        """The map as a plotly figure: a panel for each site, layers down; steps, regions or heads
+        across.
 
         White is no effect, grey was not measured; an outlined cell's interval leaves out 0. The
         figure is returned, not shown; `.save("map.png")` needs no browser.
 
         Args:
-            options: of `imaginelens.view.maps.heatmap`: level, limit, palette, title.
+            options: of `imaginelens.view.maps.heatmap`: level, limit, palette, title, labels.
         """
         from imaginelens.view.maps import heatmap
 
@@ -547,6 +548,11 @@ class EffectMap:
         from imaginelens.mediation import map_tables
 
         return map_tables.text(self)
+
+    def _repr_html_(self) -> str:
+        from imaginelens.view.result_cards import map_card
+
+        return map_card(self)
 
 
 def _or_none(make: Any, row: int) -> Estimate | None:

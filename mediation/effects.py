@@ -30,6 +30,7 @@ CONTRAST: Mapping[str, Weights] = {
     "int_ref": {"y10": 1, "y00": -1, "c1": -1, "c0": 1},
     "int_med": {"y11": 1, "y10": -1, "y01": -1, "y00": 1},
 }
+DIFFERS = "differs from 0"
 ELIMINATED: Weights = {"y11": 1, "y00": -1, "c1": -1, "c0": 1}
 BASE: Weights = {"y00": 1}
 FORMULA = {
@@ -284,6 +285,11 @@ class Effects:
 
         return forest(self, **options)
 
+    def _repr_html_(self) -> str:
+        from imaginelens.view.result_cards import effects_card
+
+        return effects_card(self)
+
     def __repr__(self) -> str:
         worlds = self.worlds
         head = f"Effects on {worlds.metric} of {len(worlds)} examples"
@@ -291,8 +297,13 @@ class Effects:
         lines += [f"  {worlds.estimand}"] if worlds.estimand else []
         try:
             lines += [self._line(name, estimate) for name, estimate in self.all.items()]
+            real = [name for name, each in self.all.items() if against_zero(each) == DIFFERS]
         except EstimateError as error:
             return "\n".join([lines[0], f"  no intervals: {error}"])
+        lines.append(
+            f"  {DIFFERS} at 5%, each by itself: {', '.join(real) or 'none'}; no effect is a claim "
+            "about a margin: .te.verdict(margin=...)"
+        )
         if self.te.missing:
             lines.append(
                 f"  {self.te.missing} of {len(worlds)} examples miss an outcome and are left out"
@@ -306,6 +317,15 @@ class Effects:
             f"  {name:<15} {estimate.value:>9.4g}  95% {ends:<22} {FORMULA[name]:<15} "
             f"{MEANING[name]}"
         )
+
+
+def against_zero(estimate: Estimate) -> str:
+    """What the 95% interval says of 0, in words; that there is no effect takes a margin.
+
+    >>> against_zero(Estimate.mean([0.9, 1.0, 1.1])), against_zero(Estimate.mean([-1.0, 0.0, 1.1]))
+    ('differs from 0', 'not told from 0')
+    """
+    return DIFFERS if estimate.pvalue() < 0.05 else "not told from 0"
 
 
 def _possible(*contrasts: Weights) -> np.ndarray:

@@ -87,9 +87,12 @@ class Interchange:
         return named[0] if named else UNDETERMINED
 
     def __repr__(self) -> str:
+        where, total = self.landing.at, len(self.answers)
+        if len(self.decisive) == self.missing:
+            told = "none with an answer" if self.missing else "none"
+            return f"Interchange at {where}: {told} of {total} pairs tells the hypotheses apart"
         shares = self.shares()
         n = next(iter(shares.values())).n
-        where, total = self.landing.at, len(self.answers)
         lines = [f"Interchange at {where} on {n} of {total} pairs: {self.winner()}"]
         lines += [f"  {name:<12} {share}" for name, share in shares.items()]
         return "\n".join(lines + ([f"  {self.missing} without an answer"] * bool(self.missing)))

@@ -63,22 +63,26 @@ def long(map: EffectMap) -> "pd.DataFrame":
 
 def text(map: EffectMap) -> str:
     """What a terminal shows: the mean effects of one site, and what a reader must know."""
+    lines = [*opening(map), *_table(map)]
+    lines += [f"  {word}" for word in marks(map)]
+    lines += [f"  note: {note}" for note in map.notes]
+    return "\n".join([*lines, f"  {map.provenance}"] if map.provenance.model else lines)
+
+
+def opening(map: EffectMap) -> list[str]:
+    """What a map is, in two lines: the edit and the axes; the metric and how it was run."""
     sizes = " x ".join(
         f"{len(axis)} {name}{'s' * (len(axis) != 1)}" for name, axis in map.axes.items()
     )
     unit = f" ({map.unit})" if map.unit else ""
     few = f"{map.n} example{'s' * (map.n != 1)}"
-    lines = [
+    return [
         f"EffectMap: {map.edit}; {sizes}, {len(map)} cell{'s' * (len(map) != 1)}, {few}",
         f"  mean effect on {map.metric}{unit}, {map.direction}, {map.context} context",
-        *_table(map),
     ]
-    lines += [f"  {word}" for word in _marks(map)]
-    lines += [f"  note: {note}" for note in map.notes]
-    return "\n".join([*lines, f"  {map.provenance}"] if map.provenance.model else lines)
 
 
-def _marks(map: EffectMap) -> list[str]:
+def marks(map: EffectMap) -> list[str]:
     """What a number must not be read without."""
     marks = []
     if map.n == 1:

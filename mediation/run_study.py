@@ -122,6 +122,7 @@ def run_study(
     resume: bool = False,
     processes: Processes | None = None,
     say: Callable[[str], Any] = print,
+    shown: bool = True,
 ) -> bool:
     """Measure all maps of a study that are not there yet, and put each together.
 
@@ -133,6 +134,7 @@ def run_study(
         resume: go on with what is in the folder; without, it must be empty.
         processes: which part of the work is done here; `launched()` finds out.
         say: is given each piece of text that a user should see.
+        shown: whether progress is told on stderr.
 
     Raises:
         InputError: the folder is not empty, or pairs and maps do not go together.
@@ -159,7 +161,7 @@ def run_study(
     progress = Progress(
         sum(pairs_in(share[each]) for each in stores),
         done=sum(pairs_in(set(share[each]) & done[each]) for each in stores),
-        shown=here.first,
+        shown=shown and here.first,
     )
     try:
         for each, store in stores.items():

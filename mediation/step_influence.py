@@ -67,6 +67,16 @@ class StepInfluence:
             groups=self.free.groups,
         )
 
+    def plot(self, **options: Any) -> Any:
+        """The changes as a figure: replaced steps down, moved steps across.
+
+        Args:
+            options: of `imaginelens.view.step_heatmap`: level, limit, palette, title.
+        """
+        from imaginelens.view.steps import step_heatmap
+
+        return step_heatmap(self, **options)
+
     def __repr__(self) -> str:
         head = "replaced \\ moved"
         lines = [f"StepInfluence: {self.steps} steps, {self.free.n} examples, mean relative change"]

@@ -64,6 +64,14 @@ class Forecast:
         """All of it, on this machine, by one process."""
         return self.opening + sum(each.seconds for each in self.maps)
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """Forwards, bytes on disk and seconds of all maps."""
+        forwards, disk = (
+            sum(getattr(m, name) for m in self.maps) for name in ("forwards", "bytes")
+        )
+        return {"forwards": forwards, "bytes": disk, "seconds": self.seconds}
+
     def __str__(self) -> str:
         lines = [
             f"{each.name}: {each.cells} cells x {self.pairs} pairs in {each.chunks} chunks; "

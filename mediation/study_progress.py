@@ -1,4 +1,4 @@
-"""How far a study is: one bar in a terminal, and a line for each tenth elsewhere."""
+"""How far a study is, or the demo: one bar in a terminal, and a line for each tenth elsewhere."""
 
 import sys
 import time
@@ -27,7 +27,12 @@ class Progress:
         self._bar = None
         if shown and self._to.isatty():
             self._bar = tqdm(
-                total=total, initial=done, file=self._to, bar_format=_FORM, leave=False
+                total=total,
+                initial=done,
+                file=self._to,
+                bar_format=_FORM,
+                leave=False,
+                disable=False,
             )
 
     def now(self, what: str) -> None:

@@ -227,6 +227,11 @@ class ProbeMap:
         ]
         return "\n".join(told)
 
+    def _repr_html_(self) -> str:
+        from imaginelens.view.result_cards import probe_map_card
+
+        return probe_map_card(self)
+
     # ---- kept ------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:

@@ -292,21 +292,30 @@ class ProbeResult:
         return from_pretrained(name, revision=revision)
 
     def __repr__(self) -> str:
+        lines = [f"{self.label}: {self.verdict()}   ({self.kind} probe, {self.where})"]
+        lines += [f"  {name:<16} {number}   {beside}" for name, number, beside in self.table()]
+        return "\n".join([line.rstrip() for line in lines] + [f"  note: {n}" for n in self.notes])
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """The score and each control in words: its name, its value with a 95% interval, and what
+        it is held against."""
         score, kinds = self.score, "quantity"
         if self.classes is not None:
             kinds = f"{len(self.classes)} classes, chance {self.chance:.3f}"
-        lines = [
-            f"{self.label}: {self.verdict()}   ({self.kind} probe, {self.where})",
-            f"  {score.name:<16} {_number(score, 3)}   n={score.n}, {kinds}",
-        ]
+        rows = [(score.name, _number(score, 3), f"n={score.n}, {kinds}")]
         for name, each in self.controls.items():
-            line = f"  {name:<16} {_number(each, 3)}"
+            beside = ""
             if name == SHUFFLED:
-                line += f"   p={self.pvalue:.3g} of {len(self.shuffled)} shuffles"
+                beside = f"p={self.pvalue:.3g} of {len(self.shuffled)} shuffles"
             elif name in self.beside:
-                line += f"   probe is above by {_number(self.over(name), 3)}"
-            lines.append(line)
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+                beside = f"probe is above by {_number(self.over(name), 3)}"
+            rows.append((name, _number(each, 3), beside))
+        return rows
+
+    def _repr_html_(self) -> str:
+        from imaginelens.view.result_cards import probe_card
+
+        return probe_card(self)
 
     @cached_property
     def _reached(self) -> Float[np.ndarray, " row"]:

@@ -33,9 +33,11 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": BELOW_VIEW | {"view"},
 }
+DRAW = {"plot", "_repr_html_"}  # methods that may import view, when called
 HEAVY = {"transformer_lens", "plotly", "anywidget", "sklearn", "pandas", "trl", "datasets"}
 # A figure is a plotly figure; its module is imported where something is drawn.
 IS_HEAVY = {
+    "hooks/bound.py": {"transformer_lens"},
     "src/imaginelens/view/figure.py": {"plotly"},
     "src/imaginelens/view/explorer.py": {"anywidget"},
 }
@@ -77,10 +79,10 @@ def imports(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 def wrong_arrows(source: str, part: str) -> set[str]:
     """Names that a module of this part imports and may not."""
     tree = ast.parse(source)
-    drawing = {  # the one arrow that points up: .plot() imports view when called
+    drawing = {  # the one arrow that points up: what draws a result imports view when called
         child
         for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name == "plot"
+        if isinstance(function, ast.FunctionDef) and function.name in DRAW
         for child, name in imports(function)
         if name.startswith("imaginelens.view")
     }
@@ -113,6 +115,8 @@ def test_arrows_point_down(path: Path) -> None:
         ("organisms", "from imaginelens.estimates.intervals import interval"),
         ("estimates", "from imaginelens.hooks.run import Run"),
         ("mediation", "def draw(self): from imaginelens.view import heatmap"),
+        ("hooks", "def __repr__(self): from imaginelens.view import cards"),
+        ("hooks", "def _repr_html_(self): from imaginelens.mediation import sweep"),
         ("mediation", "def plot(self): from imaginelens.probes import collect"),
         ("view", "import imaginelens.cli"),
         ("__main__", "import imaginelens.hooks"),
@@ -127,6 +131,7 @@ def test_a_wrong_arrow_is_found(part: str, line: str) -> None:
     [
         ("mediation", "from imaginelens.hooks.registry import HookRegistry"),
         ("mediation", "class Map:\n  def plot(self): from imaginelens.view.figures import heatmap"),
+        ("hooks", "class Run:\n  def _repr_html_(self): from imaginelens.view.cards import card"),
         ("view", "from imaginelens import mediation, probes"),
         ("hooks", "import nnsight, imagineother"),
     ],
@@ -191,6 +196,7 @@ def heavy_after(statement: str) -> set[str]:
 def test_import_loads_nothing_heavy() -> None:
     assert not heavy_after("import imaginelens")
     assert "plotly" not in heavy_after("import imaginelens.cli, imaginelens.view.demo")
+    assert "plotly" not in heavy_after("from imaginelens.view import result_cards, run_cards")
 
 
 def test_a_loaded_heavy_package_is_found() -> None:

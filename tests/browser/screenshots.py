@@ -1,4 +1,4 @@
-"""Draws the pictures of the explorer in docs/images: python tests/browser/screenshots.py"""
+"""Draws the pictures of docs/images that show a page: python tests/browser/screenshots.py"""
 
 import io
 import sys
@@ -14,6 +14,7 @@ from PIL import Image
 
 import imaginelens as il
 from imaginelens.view.colour import ColourScale
+from imaginelens.view.demo import run_demo
 from imaginelens.view.explorer import explore
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -23,7 +24,22 @@ OF_SCALE = 41
 
 
 def main(folder: Path = IMAGES) -> None:
-    """Write explorer.png, explorer-dark.png and explorer-page.png."""
+    """Write explorer.png, explorer-dark.png, explorer-page.png and demo.png."""
+    explorer(folder)
+    demo(folder)
+
+
+def demo(folder: Path) -> None:
+    """The report of the demo, down to its first pair of inputs."""
+    with tempfile.TemporaryDirectory() as scratch, Chromium(Path(scratch) / "chromium") as browser:
+        page = run_demo(Path(scratch) / "demo")
+        browser.size(1200, 1875)
+        browser.open(page)
+        _write(browser.screenshot(), folder / "demo.png")
+
+
+def explorer(folder: Path) -> None:
+    """The widget as it is, in the dark, and as a saved page."""
     lens = il.load("latent-content")
     widget = explore(lens, lens.task(n=4, seed=0))
     with tempfile.TemporaryDirectory() as scratch, Chromium(Path(scratch) / "chromium") as browser:
@@ -55,15 +71,20 @@ def _measure(live: LivePage, cell: str) -> None:
 
 
 def _keep(browser: Chromium, path: Path, selector: str = ".il-explorer") -> None:
-    """Save an element as PNG with few colours.
+    """Save an element, with some space around it."""
+    browser.drawn()
+    left, top, width, height = browser.box(selector)
+    box = (max(0.0, left - 10), max(0.0, top - 10), width + 20, height + 20)
+    _write(browser.screenshot(box), path)
+
+
+def _write(data: bytes, path: Path) -> None:
+    """Save a picture as PNG with few colours.
 
     Raises:
         ValueError: the file would be too large for the documentation.
     """
-    browser.drawn()
-    left, top, width, height = browser.box(selector)
-    box = (max(0.0, left - 10), max(0.0, top - 10), width + 20, height + 20)
-    shot = Image.open(io.BytesIO(browser.screenshot(box))).convert("RGB")
+    shot = Image.open(io.BytesIO(data)).convert("RGB")
     out = io.BytesIO()
     _few_colours(shot).save(out, "PNG", optimize=True)
     if out.tell() > MOST_BYTES:

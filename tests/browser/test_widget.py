@@ -2,19 +2,16 @@
 
 import base64
 import csv
-import hashlib
 import io
 import json
 import re
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import axe_core
 from browser.chromium import Chromium, executable
 from browser.live import LivePage, cells, choose
 from browser.rules import LOW_CONTRAST, OVERFLOW, nameless
@@ -33,10 +30,6 @@ DETAIL_FITS = """(() => {
   const detail = document.querySelector(".il-detail");
   return detail.scrollWidth <= detail.clientWidth && detail.clientWidth > 200;
 })()"""
-AXE = "axe-core@4.14.1"
-AXE_SHA512 = (
-    "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
-)
 
 
 @pytest.fixture(scope="module")
@@ -566,25 +559,9 @@ def test_tab_goes_through_everything_in_reading_order(live: LivePage) -> None:
 
 
 @pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """axe-core's script, of the one version whose hash is known here."""
-    folder = tmp_path_factory.mktemp("axe")
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.fail("npm is not on PATH; install it to check the page with axe-core", pytrace=False)
-    done = subprocess.run(
-        [npm, "pack", AXE, "--silent"], cwd=folder, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    packed = next(folder.glob("*.tgz"), None)
-    if packed is None:
-        pytest.fail(f"npm pack {AXE} gave nothing: {done.stderr[-300:]}", pytrace=False)
-    data = packed.read_bytes()
-    assert base64.b64encode(hashlib.sha512(data).digest()).decode() == AXE_SHA512
-    with tarfile.open(packed) as archive:
-        found = archive.extractfile("package/axe.min.js")
-        assert found is not None
-        return found.read().decode("utf-8")
+def axe() -> str:
+    """axe-core's script."""
+    return axe_core.script()
 
 
 def broken_rules(browser: Chromium, axe: str) -> list[str]:
@@ -707,3 +684,9 @@ def test_without_a_browser_the_tests_fail() -> None:
         executable(lambda name: None)
     assert executable(lambda name: f"/x/{name}") == "/x/chromium"
     assert executable(lambda name: "/y" if name == "google-chrome" else None) == "/y"
+
+
+def test_without_axe_the_tests_fail() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"pip install --no-deps .* no-such-axe"):
+        axe_core.script("no-such-axe")
+    assert "axe v4" in axe_core.script()[:100]

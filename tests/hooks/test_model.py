@@ -91,6 +91,8 @@ def test_wrong_arguments_are_refused_before_anything_runs() -> None:
         check_arguments(edit=il.Zero)
     with pytest.raises(il.InputError, match=r"run pairs\.base or pairs\.source"):
         lens.run(task)
+    with pytest.raises(il.InputError, match="was given a Linear; pass a Hugging Face model"):
+        il.LatentModel(torch.nn.Linear(2, 2))
     with pytest.raises(il.InputError, match="max_new_tokens is 0, expected 1 or more"):
         lens.run(task.base, max_new_tokens=0)
     with pytest.raises(TypeError, match=r"pairs\[0:1\]"):

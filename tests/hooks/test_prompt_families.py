@@ -822,7 +822,7 @@ def test_a_text_folder_is_opened_for_soft_thinking_by_name(tmp_path: Path, kind:
     run, (trace,) = thought(lens, {"text": TEXTS[0]}, {3: "close"})
     assert_same(run, trace)
     write(tmp_path, built(kind, COCONUT))
-    with pytest.raises(il.CheckpointError, match="soft-thinking family needs a close token"):
+    with pytest.raises(il.CheckpointError, match="soft-thinking family needs its close token"):
         il.load(tmp_path, spec=FAMILIES["soft-thinking"])
 
 

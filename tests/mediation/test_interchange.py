@@ -84,3 +84,10 @@ def test_a_users_own_hypotheses_and_single_steps() -> None:
         "not used": lambda base, source, steps: base["hunt"].answer,
     }
     assert il.interchange(lens, task, hypotheses=mine, at=il.latent[1]).winner() == "carried"
+
+
+def test_a_result_that_tells_nothing_can_be_printed() -> None:
+    same = planted(["x", "y"], {"a": ["x", "y"], "b": ["x", "y"]})
+    assert repr(same) == "Interchange at latent: none of 2 pairs tells the hypotheses apart"
+    unanswered = planted([None], {"a": ["x"], "b": ["y"]})
+    assert "none with an answer of 1 pairs" in repr(unanswered)

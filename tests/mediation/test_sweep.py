@@ -395,7 +395,9 @@ def test_pairs_are_asked_for() -> None:
 
 def test_an_overwritten_site_is_named_with_the_position_as_the_user_wrote_it() -> None:
     lens, pairs = lens_of("qwen2_5_vl"), pairs_of("qwen2_5_vl")
-    with pytest.raises(SiteUnavailable, match=r"^latent\[0\], latent\[1\].* selects latent .* 'hook_latent'"):
+    with pytest.raises(
+        SiteUnavailable, match=r"^latent\[0\], latent\[1\].* selects latent .* 'hook_latent'"
+    ):
         sweep(lens, pairs, sites="hook_embed", positions=il.latent, context="fixed")
 
 

@@ -481,6 +481,7 @@ def test_close_lets_go_of_the_model(pairs: il.Pairs) -> None:
 
 def test_the_state_of_a_large_map_is_small(widget: PatchExplorer) -> None:
     session = widget.session
+    ran = widget.run(1, 0)  # its details stay in the state
     grid = session.grid
     cells = [
         tuple(
@@ -493,12 +494,23 @@ def test_the_state_of_a_large_map_is_small(widget: PatchExplorer) -> None:
     rows, columns = tuple(map(str, range(28))), tuple(at)
     (key,) = session._grids
     session._grids[key] = Grid(rows, columns, grid.row_axis, grid.column_axis, tuple(cells), at)
+    effects = np.random.default_rng(0).normal(size=(3, 28, 10))
+    for metric, values in zip(session.metrics, effects, strict=False):  # the fourth is 0 or 1
+        measured = il.EffectMap.from_arrays(
+            cells=[cell for row in cells for cell in row], before=[0.0], other=[1.0],
+            after=values.reshape(-1, 1), metric=metric, unit="", binary=False,
+            direction="denoise", context="free", edit="swap", keys=["0"],
+        )  # fmt: skip
+        session._keep(measured, session.setting)
     widget._show({**explorer_page.grid_told(session), **explorer_page.cells_told(session)})
     assert widget.shape == [4, 28, 10]
-    assert len(widget.z) == 4 * 280 * 4
+    effects[:, 1, 0] = [value.effect for value in ran.values.values()][:3]  # which stays as it was
+    assert z_of(widget)[:3] == pytest.approx(effects.astype(np.float32))
+    assert widget.detail["answers"]
     state = widget.get_state()
     size = sum(map(stored, state.values()))
     assert 30_000 < size < 200_000  # the script and the picture are in it
+    assert size - len(state["_esm"]) - len(state["_css"]) < 60_000
 
 
 def test_the_notebook_keeps_a_picture_that_shows_the_map(widget: PatchExplorer) -> None:

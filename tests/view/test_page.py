@@ -336,7 +336,9 @@ def test_a_study_without_edits_or_checks_keeps_its_rows():
     tree = read(render(planted_report(studies=(bare, ignored()))))
     assert {len(article.children) for article in tree.all("article")} == {8}
     line = tree.one("section", "overview").one("tbody").all("tr")[0]
-    assert [cell.text for cell in line.all("td")] == [NONE, NONE, NONE, bare.headline]
+    assert [cell.text for cell in line.all("td")] == [NONE, NONE, NONE]
+    said = tree.one("ul", "verdicts").all("li")[0]
+    assert [part.text for part in said.all("p")] == [bare.name, bare.headline]
 
 
 def test_the_overview_has_a_line_per_study_and_a_column_per_number():
@@ -344,17 +346,25 @@ def test_the_overview_has_a_line_per_study_and_a_column_per_number():
     assert overview.one("p", "note").text == "TE and TNIE of 64 pairs."
     heads = [head.text for head in overview.one("thead").all("th")]
     labels = [number.label for number in content().numbers]
-    assert heads == ["Model", *labels, "Swap: whose prediction comes true", "Verdict"]
+    assert heads == ["Model", *labels, "All latents swapped: whose prediction comes true"]
     for line, study in zip(overview.one("tbody").all("tr"), (content(), ignored()), strict=True):
-        *numbers, swap, verdict = line.all("td")
+        *numbers, swap = line.all("td")
         assert [cell["data-label"] for cell in line.all("td")] == heads[1:]
-        assert (line.one("th").text, verdict.text) == (study.name, study.headline)
+        assert line.one("th").text == study.name
         for cell, number in zip(numbers, study.numbers, strict=True):
             low, high = number.measure.interval
             assert float(cell["data-value"]) == number.measure.value
             assert (float(cell["data-low"]), float(cell["data-high"])) == (low, high)
         assert swap.one("b").text == study.mechanism.winner
         assert swap.one("small").text == f"95% [83%, 98%], {sample_size(38)}"
+
+
+def test_the_verdicts_come_before_any_number_that_is_not_in_a_sentence():
+    verdicts = page().one("ul", "verdicts").all("li")
+    for said, study in zip(verdicts, (content(), ignored()), strict=True):
+        assert [part.text for part in said.all("p")] == [study.name, study.headline, study.detail]
+    order = [node for node in page().walk() if node.tag in ("ul", "table", "svg", "dl", "article")]
+    assert order[0].classes == ["verdicts"]
 
 
 def test_numbers_of_other_names_get_columns_of_their_own():

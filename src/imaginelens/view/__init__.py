@@ -37,6 +37,7 @@ _FIGURES = {  # drawn by plotly, which is imported when the first is asked for
     "probe_heatmap": "probing",
     "similarity_curves": "probing",
     "similarity_matrices": "probing",
+    "step_heatmap": "steps",
     "token_strip": "run_strip",
     "trajectories": "latent_plane",
 }

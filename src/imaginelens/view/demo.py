@@ -33,8 +33,9 @@ LATENT_STEPS, LAYERS = 2, 3  # of each of them
 TITLE = "Do the latent tokens do anything?"
 SUBTITLE = (
     "Some models think in latent tokens: hidden states that they feed back to themselves instead "
-    "of writing words. These tiny models were trained so that what their latents do is known. Here "
-    "it is found out again, from outside."
+    "of writing words. These tiny models follow a path over nine cards in a picture and name the "
+    "symbol at its end. They were trained so that what their latents do is known; here it is found "
+    "out again, from outside."
 )
 TASK = (
     "The task: nine cards. A card is named by its background colour, and the colour of its symbol "
@@ -42,20 +43,29 @@ TASK = (
     "the next card once for each “then”, and say which symbol is there."
 )
 OVERVIEW_NOTE = (
-    "do(Z): accuracy lost when the latents are destroyed, by the worst of six edits. Denoise: what "
-    "one moved state does to the answer's logits, the strongest of the map, as a share of what "
-    "changing the whole input does. Look right: runs in which each latent is most like the card "
-    "to visit at that step; it says what can be read from the latents, not that the model does. "
-    "Swap: share of the decisive pairs. Brackets: 95% interval."
+    "Destroyed, do(Z): accuracy lost under the worst of six edits. One state moved (denoising): "
+    "what the strongest cell of the map does to the answer's logits, as a share of what changing "
+    "the whole input does. Look right: runs in which each latent is most like the card to visit "
+    "at that step; it says what can be read from the latents, not that the model does. Swapped: "
+    "share of the decisive swaps, those in which the explanations predict different answers. "
+    "Brackets: 95% interval."
 )
 Tick = Callable[[str], None]
 
 
-def run_demo(out: Path, *, n: int = 64, seed: int = 0, tick: Tick = lambda what: None) -> Path:
+def run_demo(
+    out: Path,
+    *,
+    n: int = 64,
+    seed: int = 0,
+    tick: Tick = lambda what: None,
+    told: Callable[[Study], Any] = lambda study: None,
+) -> Path:
     """Study the shipped organisms on `n` pairs each and write `report.html` into a folder.
 
     Args:
         tick: called with the name of each step when it begins, `steps()` times in all.
+        told: called with each study when it is done.
     """
     started = time.perf_counter()
     studies = []
@@ -63,6 +73,7 @@ def run_demo(out: Path, *, n: int = 64, seed: int = 0, tick: Tick = lambda what:
         lens = load(name)
         assert isinstance(lens, Organism)
         studies.append(study(lens, n=n, seed=seed, tick=tick))
+        told(studies[-1])
     report = Report(
         title=TITLE,
         subtitle=SUBTITLE,
@@ -115,8 +126,12 @@ def study(lens: Organism, *, n: int, seed: int, tick: Tick = lambda what: None) 
         edits=edits,
         checks=checks,
         numbers=(
-            KeyNumber("do(Z): accuracy lost", Measure(drop, worst.accuracy.n), by, "points"),
-            KeyNumber("Denoise: share of the total effect", denoised.share, denoised.place, "%"),
+            KeyNumber(
+                "Latents destroyed: accuracy lost", Measure(drop, worst.accuracy.n), by, "points"
+            ),
+            KeyNumber(
+                "One state moved: share of the total effect", denoised.share, denoised.place, "%"
+            ),
             KeyNumber("Latents look right", likeness, "most like the card to visit", "%"),
         ),
         mechanism=mechanism,

@@ -826,7 +826,7 @@ class Explorer {
   }
 }
 
-export function render({ model, el }) {
+function render({ model, el }) {
   const page = new Explorer(model, el);
   return () => page.close();
 }

@@ -1,11 +1,12 @@
-"""Heat-maps of effects: layer by step, layer by head, step by step, a panel for each site."""
+"""Heat-maps of effects: layer by step, region or head, a panel for each site."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.positions import Positions
 from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.view.figure import Figure
@@ -22,8 +23,11 @@ def heatmap(
     limit: float | None = None,
     palette: Palette = "RdBu",
     title: str | None = None,
+    labels: Mapping[Positions, str] | None = None,
 ) -> Figure:
-    """Draw a map of effects: a panel for each site, layers down, steps or heads across.
+    """Draw a map of effects: a panel for each site, layers down, positions or heads across.
+
+    Positions come in the order of the map: steps, or the regions that a sweep was given.
 
     White is no effect, grey was not measured; an outlined cell's interval (of that cell alone)
     leaves out 0. The figure is returned, not shown.
@@ -32,17 +36,19 @@ def heatmap(
         level: of the intervals, 0 to 1.
         limit: where the colour scale ends, so that several figures can share it.
         palette: "RdBu", or "PuOr".
+        labels: what to call positions, such as `{question: "question"}`.
 
     Raises:
-        InputError: `limit` is not above 0.
+        InputError: `limit` is not above 0, or the map has no position that `labels` names.
     """
+    names = _named(found, labels or {})
     if limit is not None and not (np.isfinite(limit) and limit > 0):
         raise InputError(f"limit={limit} cannot end a colour scale; give a number above 0")
-    panels = [_panel(found, part, level) for part in _parts(found)]
+    panels = [_panel(found, part, level, names) for part in _parts(found, names)]
     unit = found.unit or found.metric
     words = title or f"{found.edit}, {found.direction}, {found.context} context"
     return draw(
-        Sheet(panels, words, f"effect on {unit}", limit=limit, marks=_marks(found)), palette=palette
+        Sheet(panels, words, f"effect on {unit}", limit=limit, marks=marks(found)), palette=palette
     )
 
 
@@ -56,7 +62,17 @@ class _Part:
     across: str
 
 
-def _parts(found: EffectMap) -> list[_Part]:
+def _named(found: EffectMap, labels: Mapping[Positions, str]) -> dict[str, str]:
+    """What each position is called: as it is written, if nothing else was said."""
+    names = {cell.position: cell.position for cell in found.cells}
+    for at, name in labels.items():
+        if repr(at) not in names:
+            raise InputError(f"labels names {at!r}, and the map has {', '.join(names)}")
+        names[repr(at)] = name
+    return names
+
+
+def _parts(found: EffectMap, names: Mapping[str, str]) -> list[_Part]:
     """A panel for each site, and for each position if heads go across."""
     axes = [name for name in AXES if len({getattr(c, name) for c in found.cells}) > 1]
     across = "head" if "head" in axes else "position"
@@ -67,12 +83,17 @@ def _parts(found: EffectMap) -> list[_Part]:
         by.setdefault((cell.site, getattr(cell, rest)), []).append(row)
     several = len({value for _, value in by}) > 1
     return [
-        _Part(f"{site}, {value}" if several else site, tuple(rows), down, across)
+        _Part(
+            f"{site}, {names.get(str(value), value)}" if several else site,
+            tuple(rows),
+            down,
+            across,
+        )
         for (site, value), rows in by.items()
     ]
 
 
-def _panel(found: EffectMap, part: _Part, level: float) -> Panel:
+def _panel(found: EffectMap, part: _Part, level: float, names: Mapping[str, str]) -> Panel:
     cells = [found.cells[row] for row in part.rows]
     rows, columns = (_ordered(cells, name) for name in (part.down, part.across))
     values = np.full((len(rows), len(columns)), np.nan)
@@ -87,8 +108,9 @@ def _panel(found: EffectMap, part: _Part, level: float) -> Panel:
         told = _told(found, row, cell, level)
         hover[i][j], outlined[i, j] = told
     return Panel(
-        values, [_label(r) for r in rows], [_label(c) for c in columns], part.down, part.across,
-        part.title, hover, outlined,
+        values, [_label(r, part.down, names) for r in rows],
+        [_label(c, part.across, names) for c in columns], part.down, part.across, part.title,
+        hover, outlined,
     )  # fmt: skip
 
 
@@ -124,11 +146,14 @@ def _ordered(cells: Sequence[Cell], name: str) -> list[object]:
     return values
 
 
-def _label(value: object) -> str:
-    return "" if value is None else str(value)
+def _label(value: object, axis: str, names: Mapping[str, str]) -> str:
+    if value is None:
+        return "whole" if axis == "head" else ""
+    return names[str(value)] if axis == "position" else str(value)
 
 
-def _marks(found: EffectMap) -> list[str]:
-    marks = ["single example: no interval"] if found.n == 1 else []
-    marks += ["no controls: no sham was run"] if found.sham is None else []
-    return marks
+def marks(found: EffectMap) -> list[str]:
+    """What a picture must not be looked at without."""
+    told = ["single example: no interval"] if found.n == 1 else []
+    told += ["no controls: no sham was run"] if found.sham is None else []
+    return told

@@ -1,6 +1,6 @@
-"""All studies in one table: a line each, with its key numbers, what won the swap, and the verdict.
+"""All studies in short: what was found of each, in sentences, and one table of their numbers.
 
-On a narrow screen a line becomes a block, and each cell names its column.
+On a narrow screen a line of the table becomes a block, and each cell names its column.
 """
 
 from imaginelens.view.markup import Markup, element
@@ -8,14 +8,28 @@ from imaginelens.view.numerals import between, quantity, sample_size
 from imaginelens.view.report import KeyNumber, Measure, Mechanism, Report, Study
 from imaginelens.view.tables import scrollable
 
-_STUDY, _SWAP, _VERDICT = "Model", "Swap: whose prediction comes true", "Verdict"
+_STUDY, _SWAP = "Model", "All latents swapped: whose prediction comes true"
 _UNDETERMINED = "undetermined"
 
 
+def verdicts(report: Report) -> Markup:
+    """The verdict on every study and what it rests on, as sentences."""
+    return element("ul", *map(_sentences, report.studies), class_="verdicts")
+
+
+def _sentences(study: Study) -> Markup:
+    return element(
+        "li",
+        element("p", element("bdi", study.name), class_="name"),
+        element("p", study.headline, class_="verdict"),
+        element("p", study.detail, class_="because") if study.detail else None,
+    )
+
+
 def overview_table(report: Report) -> Markup:
-    """One line per study; the columns between are the key numbers, by label."""
+    """One line per study; the columns are its key numbers, by label, and what won the swap."""
     labels = list(dict.fromkeys(n.label for study in report.studies for n in study.numbers))
-    head = [element("th", name, scope="col") for name in (_STUDY, *labels, _SWAP, _VERDICT)]
+    head = [element("th", name, scope="col") for name in (_STUDY, *labels, _SWAP)]
     rows = [_line(study, labels) for study in report.studies]
     parts = element("thead", element("tr", *head)), element("tbody", *rows)
     return scrollable(*parts, label="all studies in short")
@@ -28,7 +42,6 @@ def _line(study: Study, labels: list[str]) -> Markup:
         element("th", element("bdi", study.name), scope="row"),
         *(_number(label, numbers.get(label)) for label in labels),
         _swap(study.mechanism),
-        element("td", study.headline, class_="verdict", data_label=_VERDICT),
     )
 
 

@@ -14,7 +14,7 @@ from imaginelens.view.heatmap import heatmap_svg
 from imaginelens.view.legend import legend
 from imaginelens.view.markup import Markup, element, join
 from imaginelens.view.numerals import between, quantity, sample_size
-from imaginelens.view.overview import overview_table
+from imaginelens.view.overview import overview_table, verdicts
 from imaginelens.view.picture import picture_svg
 from imaginelens.view.report import Example, KeyNumber, Mechanism, Report, Study
 from imaginelens.view.strips import latent_strips, strips_note
@@ -74,12 +74,18 @@ def _header(report: Report) -> Markup:
 
 
 def _overview(report: Report) -> Markup | None:
-    """All studies in short, before anything else: a reader may stop here."""
+    """The verdicts, then their numbers, before anything else: a reader may stop here."""
     if not report.studies:
         return None
     note = element("p", report.overview_note, class_="note") if report.overview_note else None
     return element(
-        "section", element("h2", "In short"), overview_table(report), note, class_="overview"
+        "section",
+        element("h2", "What was found"),
+        verdicts(report),
+        element("h3", "The numbers behind it"),
+        overview_table(report),
+        note,
+        class_="overview",
     )
 
 
@@ -211,7 +217,12 @@ def _effects(study: Study, report: Report) -> Markup:
     )
     plot = element("div", drawing, class_="scroll")
     return _section(
-        "What a patch there does", plot, key, table, class_="effects", note=heatmap.caption
+        "Move one state: what does it do to the answer?",
+        plot,
+        key,
+        table,
+        class_="effects",
+        note=heatmap.caption,
     )
 
 
@@ -232,10 +243,15 @@ def _edits(study: Study, report: Report) -> Markup:
     sizes = sorted({row.accuracy.n for row in study.edits})
     n = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}"
     note = (
-        f"Accuracy when all latents are edited, {n}, {report.interval_name} in brackets. Flipped: "
-        "share of answers that changed. Landed: edits that took place, of those asked for."
+        f"do(Z): accuracy when all latents are edited, {n}, {report.interval_name} in brackets. "
+        "Flipped: share of answers that changed. Landed: edits that took place, of those asked for."
     )
-    return _section("do(Z): edit the latents", edits_table(study.edits), class_="do-z", note=note)
+    return _section(
+        "Destroy the latents: is the answer still right?",
+        edits_table(study.edits),
+        class_="do-z",
+        note=note,
+    )
 
 
 def _checks(study: Study) -> Markup:
@@ -249,5 +265,9 @@ def _provenance(report: Report) -> Markup:
         element("div", element("dt", str(key)), element("dd", element("bdi", str(value))))
         for key, value in report.provenance.items()
     ]
-    listing = join([element("h2", "Provenance"), element("dl", *items)]) if items else None
+    listing = (
+        join([element("h2", "Where the numbers come from"), element("dl", *items)])
+        if items
+        else None
+    )
     return element("footer", listing)

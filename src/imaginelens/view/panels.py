@@ -14,6 +14,7 @@ from imaginelens.view.figure import Figure
 
 Palette = Literal["RdBu", "PuOr"]
 _INK = "#1a1a1a"
+_DIGITS = 4  # behind the point, in a cell
 _STOPS = 64
 
 
@@ -183,7 +184,8 @@ def _add(figure: Figure, panel: Panel, sheet: Sheet, page: Page, place: Place, n
     x, y = (f"{axis}{number if number > 1 else ''}" for axis in "xy")
     room = place.width / n_columns >= 30 and place.height / n_rows >= 14
     shown = sheet.numbers if sheet.numbers is not None else room or panel.words is not None
-    words = panel.words or [[_short(v) for v in row] for row in panel.values]
+    limit = _limit(sheet)
+    words = panel.words or [[_short(v, limit) for v in row] for row in panel.values]
     gap = 1 if place.width / n_columns >= 8 else 0
     told = None
     if panel.hover is not None:
@@ -274,8 +276,19 @@ def _limit(sheet: Sheet) -> float:
     return largest or 1.0
 
 
-def _short(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
+def _short(value: float, limit: float) -> str:
+    """A number with as many digits as tell it from others on a scale that ends at `limit`.
+
+    >>> _short(0.333, 2.0), _short(-0.001, 2.0), _short(-0.0051, 0.02), _short(2e-9, 1e-8)
+    ('0.33', '0.00', '-0.005', '2e-09')
+    """
+    if np.isnan(value):
+        return ""
+    digits = max(2, 1 - int(np.floor(np.log10(limit))))
+    if digits > _DIGITS:
+        return f"{value:.0e}" if value else "0"
+    written = f"{value:.{digits}f}"
+    return written if float(written) else written.lstrip("-")
 
 
 def _words(text: str) -> str:

@@ -299,6 +299,7 @@ def checks(
             "Latent states that the swap and the edits of the table were to change, and did reach.",
         ),
         Check(
-            "Trigger", f"{base.trigger.rate:.0%}", base.trigger.rate == 1.0, str(base.trigger),
+            "Trigger", f"{base.trigger.rate:.0%}", base.trigger.rate == 1.0,
+            f"Runs that wrote latents at all. {base.trigger}.",
         ),
     )  # fmt: skip

@@ -12,12 +12,13 @@ from imaginelens.view.markup import Markup
 _SIDE, _BYTES = 448, 60_000
 
 
-def image_address(image: Image.Image) -> Markup:
-    """The image as PNG, or as JPEG when that would be large; at most 448 pixels, on white."""
+def image_address(image: Image.Image, *, side: int = _SIDE, most: int = _BYTES) -> Markup:
+    """The image as PNG, or as JPEG where that has over `most` bytes; at most `side` pixels, on
+    white."""
     image = _flatten(image)
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((side, side))
     png = _encode(image, "PNG", optimize=True)
-    return png if len(png) <= _BYTES else _encode(image, "JPEG", quality=85)
+    return png if len(png) <= most else _encode(image, "JPEG", quality=85)
 
 
 def strip_address(pixels: UInt8[np.ndarray, "height width 3"]) -> Markup:

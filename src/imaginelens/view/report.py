@@ -22,9 +22,9 @@ TokenKind = Literal["system", "text", "image", "latent", "answer", "pad"]
 HOW_TO_READ = (
     "Base and source are two inputs with different answers. The model runs on the base input, and "
     "at one place its state is replaced by the state from the source input.",
-    "Each cell is one such place. Blue: the answer moves towards the source's, so the state "
-    "carries it. Red: away from it. White: nothing moves; a bare 0 is exactly zero. Grey: not "
-    "measured. All maps share one scale.",
+    "Each cell of a map is one such place. Blue: the answer moves towards the source's, so the "
+    "state carries it. Red: away from it. White: nothing moves; a bare 0 is exactly zero. Grey: "
+    "not measured. All maps share one scale.",
     "The swap moves all latent tokens at once. Where the explanations of what latents do predict "
     "different answers, it asks whose prediction comes true.",
     "The edits table asks the opposite: if the latent tokens are destroyed, is the answer still "

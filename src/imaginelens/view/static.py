@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 Format = Literal["png", "svg", "pdf"]
+_MATPLOTLIB = "matplotlib"
 _DPI = 96.0
 _POINT = 72.0 / _DPI  # of a pixel
 _DASHES = {"dash": "--", "dot": ":", "dashdot": "-."}
@@ -33,9 +34,12 @@ def draw(figure: Any, kind: str, scale: float) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Page
     except ImportError as error:
+        if (error.name or "").partition(".")[0] != _MATPLOTLIB:
+            raise  # it is there, and broken
         raise ImportError(
             "pictures without a browser are drawn by matplotlib: "
-            "pip install 'imaginelens[notebook]'"
+            "pip install 'imaginelens[notebook]'",
+            name=_MATPLOTLIB,
         ) from error
     layout = figure.layout
     width, height = layout.width or 700, layout.height or 450
@@ -248,8 +252,10 @@ class _Drawing:
             if axis.tickvals is not None:
                 words = [plain(t) for t in (axis.ticktext or axis.tickvals)]
                 angle = -(axis.tickangle or 0)
+                slanted = direction == "x" and angle not in (0, 90)
+                under = {"ha": "right", "rotation_mode": "anchor"} if slanted else {}
                 ticks.set_ticks(
-                    _numbers(axis.tickvals), labels=words, parse_math=False, rotation=angle
+                    _numbers(axis.tickvals), labels=words, parse_math=False, rotation=angle, **under
                 )
             ticks.set_tick_params(
                 labelsize=11 * _POINT,
