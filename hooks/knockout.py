@@ -39,7 +39,7 @@ class Knockout(EdgeEdit):
     >>> lens = il.load("latent-content")
     >>> cut = Knockout(queries=il.before_answer, layers=range(3))
     >>> lens.ablate(lens.task(n=8, seed=0).base, cut, at=il.latent, context="fixed").landing
-    Landing(Knockout at latent of ... 16 cells in 8 rows, relative change 1, 48 edges)
+    Landing(Knockout at latent of ... 16 cells in 8 rows: ...; relative change 1, 48 edges)
     """
 
     queries: Positions | None = None

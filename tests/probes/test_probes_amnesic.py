@@ -106,7 +106,7 @@ def test_what_nobody_reads_is_decodable_and_not_used(name: str, concept: str) ->
     probe = Probe(eraser_reads(name, concept))
     assert probe.score.ci().low > probe.score.null + 0.1  # type: ignore[operator]
     left = eraser.leaves(states(name, concept), step=LAST, n_folds=2)
-    assert left.value < left.null + 0.02  # type: ignore[operator]
+    assert left.ci().low < left.null  # type: ignore[operator]
     use = used(probe, found, margin=0.05)
     assert use.verdict == "decodable, not used"
     assert found.change["erased"] > 0.05
@@ -140,11 +140,12 @@ def test_erasing_an_early_step_starves_the_next() -> None:
 @pytest.mark.parametrize("concept", CONCEPTS)
 @pytest.mark.parametrize("name", [*USED, "latent-ignored", "latent-ignored-aligned"])
 def test_the_whole_table_in_free_context(name: str, concept: str) -> None:
-    """4 organisms x name, shape, at the last step and at both, 128 examples."""
+    """4 organisms x name, shape, at the last step and at both. What drops by .02 by chance
+    is told from a margin of .05 by 320 examples, and not by 128."""
     lens, found = organism(name), {}
     for steps in ([LAST], [0, LAST]):
         eraser = erase(states(name, concept), steps=steps)
-        found[len(steps)] = amnesic(lens, lens.task(n=128, seed=2), eraser, draws=3, batch_size=64)
+        found[len(steps)] = amnesic(lens, lens.task(n=320, seed=2), eraser, draws=2, batch_size=80)
         print(f"{name}\n{found[len(steps)]!r}\n  {found[len(steps)].verdict(0.05)}")
     expected = "used" if USED.get(name) == concept else "not used"
     assert found[1].verdict(margin=0.05) == expected

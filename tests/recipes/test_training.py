@@ -331,10 +331,14 @@ def test_pictures_shrink_to_their_budget_and_keep_their_form() -> None:
 # -- options -------------------------------------------------------------------------------------
 
 
-def options_of(data: Path, out: Path, *more: str) -> Any:
+def arguments_of(data: Path, out: Path, *more: str) -> list[str]:
     small = ("--model", "base", "--batch", "8", "--per-device", "8", "--lr", "2e-3")
     every = ("--log-every", "1", "--no-checkpointing")
-    return parse([str(data), "--out", str(out), *small, *every, *more])
+    return [str(data), "--out", str(out), *small, *every, *more]
+
+
+def options_of(data: Path, out: Path, *more: str) -> Any:
+    return parse(arguments_of(data, out, *more))
 
 
 def test_the_global_batch_is_shared_out_or_refused() -> None:
@@ -442,25 +446,31 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path: Path) -> Non
         assert (in_parts[name] - gradient).norm() <= 1e-6 * size, name
 
 
-def killed_while_saving(options: Any, *, at: int) -> int:
-    """Train in a process of its own, which is killed within the save of a step; its signal."""
-    from transformers import Trainer
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from transformers import Trainer
+from examples.capimagine.train import parse, train
 
-    child = os.fork()
-    if child == 0:
-        stock = Trainer._save_optimizer_and_scheduler
+stock = Trainer._save_optimizer_and_scheduler
 
-        def saved(self: Any, folder: str) -> None:
-            if self.state.global_step == at:  # weights are written, nothing else is
-                os.kill(os.getpid(), signal.SIGKILL)
-            stock(self, folder)
+def saved(self, folder):
+    if self.state.global_step == 6:  # weights are written, nothing else is
+        os.kill(os.getpid(), signal.SIGKILL)
+    stock(self, folder)
 
-        Trainer._save_optimizer_and_scheduler = saved
-        try:
-            train(options)
-        finally:
-            os._exit(1)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
+Trainer._save_optimizer_and_scheduler = saved
+train(parse(sys.argv[1:]))
+"""
+
+
+def killed_while_saving(arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    """Train in a process of its own, which is killed within the save of step 6."""
+    return subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_SAVING, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("more", [(), ("--lora", "4")], ids=["all", "lora"])
@@ -471,7 +481,8 @@ def test_killed_and_resumed_is_the_same_as_never_killed(
     more = (*more, "--updates", "9", "--save-every", "3", "--warmup", "2")
     train(options_of(data, tmp_path / "whole", *more))
     broken = options_of(data, tmp_path / "broken", *more)
-    assert killed_while_saving(broken, at=6) == signal.SIGKILL
+    killed = killed_while_saving(arguments_of(data, tmp_path / "broken", *more))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     held = sorted(path.name for path in (tmp_path / "broken").glob("checkpoint-*"))
     assert held == ["checkpoint-3", "checkpoint-6"]  # the second one is torn
     found = last_whole(tmp_path / "broken")
