@@ -4,6 +4,8 @@ from imaginelens.hooks import answers as answers
 from imaginelens.hooks.behaviour import Behaviour as Behaviour
 from imaginelens.hooks.cache import ActivationCache as ActivationCache
 from imaginelens.hooks.depth import DepthSpec as DepthSpec
+from imaginelens.hooks.dictionaries import Features as Features
+from imaginelens.hooks.dictionaries import features as features
 from imaginelens.hooks.edits import AddNoise as AddNoise
 from imaginelens.hooks.edits import Constant as Constant
 from imaginelens.hooks.edits import Edit as Edit
@@ -30,6 +32,7 @@ from imaginelens.hooks.errors import PositionError as PositionError
 from imaginelens.hooks.errors import SiteUnavailable as SiteUnavailable
 from imaginelens.hooks.families import FAMILIES as FAMILIES
 from imaginelens.hooks.families import register_family as register_family
+from imaginelens.hooks.hub import hub_origin as hub_origin
 from imaginelens.hooks.inputs import BlankImage as BlankImage
 from imaginelens.hooks.inputs import BlurImage as BlurImage
 from imaginelens.hooks.inputs import CropImage as CropImage
@@ -77,6 +80,11 @@ from imaginelens.hooks.positions import positions as positions
 from imaginelens.hooks.positions import span as span
 from imaginelens.hooks.positions import text as text
 from imaginelens.hooks.positions import video as video
+from imaginelens.hooks.pyvene_configs import Intervention as Intervention
+from imaginelens.hooks.pyvene_configs import Interventions as Interventions
+from imaginelens.hooks.pyvene_configs import from_pyvene as from_pyvene
+from imaginelens.hooks.pyvene_configs import to_pyvene as to_pyvene
+from imaginelens.hooks.recorded import Latents as Latents
 from imaginelens.hooks.registering import register_structure as register_structure
 from imaginelens.hooks.registry import HookRegistry as HookRegistry
 from imaginelens.hooks.run import Run as Run

@@ -10,10 +10,14 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from imaginelens.hooks.appearing import appearing
 from imaginelens.hooks.errors import CheckpointError, HookNameError
 from imaginelens.hooks.names import get_act_name, match
 
 Key = str | tuple[str, int]
+
+
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,18 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return sum(value.numel() * value.element_size() for value in self.activations.values())
 
     def save(self, path: str | Path) -> Path:
-        """Write everything to one safetensors file and return its path."""
+        """Write everything to one safetensors file and return its path.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         path = Path(path)
         tensors = {f"values/{n}": v.detach().contiguous().cpu() for n, v in self.items()}
         tensors |= {f"columns/{n}": v.contiguous().cpu() for n, v in self.columns.items()}
         tensors |= {f"slots/{n}": v.contiguous().cpu() for n, v in self.slots.items()}
         meta = json.dumps({"axes": self.axes, "n_layers": self.n_layers})
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"imaginelens": meta, "format": "pt"})
-        partial.replace(path)
+        with appearing(path) as partial:
+            save_file(tensors, partial, metadata={"imaginelens": meta, "format": "pt"})
         return path
 
     @classmethod
@@ -109,7 +116,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"{path!s} is not a file; pass the path that cache.save returned")
         try:
             return cls._read(path, device)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (*_UNREADABLE, SafetensorError) as error:
             raise CheckpointError(
                 f"{path!s} is not a cache that can be read ({error}); make it with cache.save(path)"
             ) from error

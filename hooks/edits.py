@@ -35,6 +35,7 @@ class EditContext:
         first: the current run's state at ordinal 0 of each cell's row.
         draw: number of the repetition, for random edits.
         keys: what identifies each cell's example, whatever batch it is in; its row if left out.
+        read: the current run's states of the same cells at the site that the edit `reads`.
     """
 
     site: str
@@ -46,6 +47,7 @@ class EditContext:
     first: torch.Tensor | None = None
     draw: int = 0
     keys: tuple[str, ...] = ()
+    read: torch.Tensor | None = None
 
     def key(self, cell: int) -> str:
         """What identifies the example of a cell."""
@@ -90,6 +92,11 @@ class Edit:
     @property
     def given(self) -> Donor | None:
         """The donor or reference, if this edit has one."""
+        return None
+
+    @property
+    def reads(self) -> str | None:
+        """Another site, which it reads in the same forward and leaves as it is."""
         return None
 
     def fit(self, reference: Donor) -> "Edit":

@@ -7,18 +7,27 @@ callables. `workers` wait for the value of a module each; those that share one a
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import nnsight
 import torch
+from nnsight.intervention.interleaver import Mediator
 from nnsight.intervention.iterator import Iterations
 from torch import nn
 from transformers.utils import ModelOutput
 
+from imaginelens.hooks.errors import InputError
+
 Worker = Callable[[], None]
+
+greenlet: Any = import_module("greenlet")  # it brings no types
 
 # nnsight runs its workers as greenlets of one thread; two threads in one trace corrupt each other.
 LOCK = threading.RLock()
+
+_OURS: list[int] = []  # the forwards of this library that are running, by id of the model
+_BODY = compile("worker()", __file__, "exec")  # what a worker is to a trace that runs already
 
 
 def trace(
@@ -40,12 +49,86 @@ def trace(
     return results[0]
 
 
-def forward(wrapped: nnsight.NNsight, workers: Sequence[Worker], inputs: Mapping[str, Any]) -> Any:
-    """Run the model once: through a trace where there are workers, plainly where there are none."""
+def forward(
+    wrapped: nnsight.NNsight,
+    workers: Sequence[Worker],
+    inputs: Mapping[str, Any],
+    last: Sequence[Worker] = (),
+) -> Any:
+    """Run the model once: through a trace where there are workers, plainly where there are none,
+    and as part of the user's own trace where that calls us. There, `workers` act before the user's
+    code at a place, and the `last` behind it.
+
+    Raises:
+        InputError: it is called by the body of a trace, or by a hook, while the model runs.
+    """
     with LOCK:
-        if not workers:
+        if in_a_body() or (joins(wrapped) and is_ours(wrapped._module)):
+            raise InputError(
+                "the model was asked to run by the body of a trace, or by a hook function, while "
+                "it runs already; call it before or after that, or give it to the trace as fn=..."
+            )
+    if next(wrapped._module.parameters()).is_meta:
+        raise InputError(
+            "the model has no weights in this process, where our forwards and the latent loop run; "
+            "load them, or trace a prompt with the wrapper that has them elsewhere, at positions "
+            "such as il.image.resolve(lens.tokens(inputs), 0)"
+        )
+    with LOCK, _ours(wrapped._module):
+        if joins(wrapped):
+            return join(wrapped, workers, inputs, last)
+        if not workers and not last and not wrapped._edits:  # which the user may have stored there
             return wrapped._module(**inputs)
-        return trace(wrapped, workers, inputs)
+        return trace(wrapped, [*workers, *last], inputs)
+
+
+def joins(wrapped: nnsight.NNsight) -> bool:
+    """Whether a forward now is part of a trace that the user has opened."""
+    return bool(wrapped.interleaver.interleaving)
+
+
+def in_a_body() -> bool:
+    """Whether this is the code of a running trace, which waits for the model and is no place to
+    run it from."""
+    return getattr(greenlet.getcurrent(), "mediator", None) is not None
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Whether the forward of this model that runs now is one of this library."""
+    return id(model) in _OURS
+
+
+@contextmanager
+def _ours(model: nn.Module) -> Iterator[None]:
+    _OURS.append(id(model))
+    try:
+        yield
+    finally:
+        _OURS.remove(id(model))
+
+
+def join(
+    wrapped: nnsight.NNsight,
+    workers: Sequence[Worker],
+    inputs: Mapping[str, Any],
+    last: Sequence[Worker] = (),
+) -> Any:
+    """Run the model once inside the user's trace, with workers of ours among the user's."""
+    interleaver = wrapped.interleaver
+    theirs = interleaver.mediators
+    first, behind = ([Mediator(_BODY, {}, {"worker": w}) for w in own] for own in (workers, last))
+    try:
+        for mediator in (*first, *behind):
+            mediator.start(interleaver)
+        interleaver.mediators = [*first, *theirs, *behind]
+        interleaver.reindex()
+        return wrapped._module(**inputs)
+    finally:
+        interleaver.mediators = theirs
+        for mediator in (*first, *behind):
+            if mediator.alive:  # its module was skipped, or the trace was stopped
+                mediator.worker.throw(greenlet.GreenletExit)
+        interleaver.reindex()
 
 
 @contextmanager

@@ -113,6 +113,7 @@ class EditEntry(Entry):
     _found: tuple[Chunk, int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
     _edges: tuple[Chunk, int, torch.Tensor] | None = None
     _counted: set[tuple[str, int, int]] = field(default_factory=set)
+    _beside: tuple[Chunk, torch.Tensor] | None = None  # at the site that the edit only reads
 
     @property
     def along_edges(self) -> bool:
@@ -121,6 +122,8 @@ class EditEntry(Entry):
 
     def settle(self, names: Collection[str]) -> None:
         self.sites = self.landing.sites = self.edit.sites_among(names, self.sites)
+        if self.edit.reads is not None:
+            self.sites = (self.edit.reads, *self.sites)
         for site in self.sites if self.readers is not None else ():
             if not site.endswith(("attn.hook_rot_k", "attn.hook_v")):
                 raise InputError(
@@ -137,9 +140,13 @@ class EditEntry(Entry):
         """Forget what belongs to one run."""
         self._first.clear()
         self._counted.clear()
+        self._beside = None
         self.landing.begin()
 
     def on(self, site: Site, act: torch.Tensor, chunk: Chunk, columns: np.ndarray) -> torch.Tensor:
+        if site.name == self.edit.reads:
+            self._beside = (chunk, act)
+            return act
         changed = None if self.along_edges else self._changed(site, act, chunk, columns)
         if changed is None:
             return act
@@ -180,6 +187,7 @@ class EditEntry(Entry):
             first=self._remember_first(site.name, rows, ordinals, old),
             draw=self.draw,
             keys=tuple(chunk.tokens.keys[int(row)] for row in rows),
+            read=None if self._beside is None else self._read_there(chunk, rows, places),
         )
         _check_fit(given, old, site, self.edit)
         new = self.edit.apply(old, ctx)
@@ -192,6 +200,14 @@ class EditEntry(Entry):
         if self.heads is not None:
             new = _in_heads(self.heads, site, old, new)
         return rows, places, at_columns, old, new
+
+    def _read_there(
+        self, chunk: Chunk, rows: np.ndarray, places: np.ndarray
+    ) -> torch.Tensor | None:
+        """What the same cells hold at the site that the edit reads, in this forward."""
+        assert self._beside is not None
+        seen, act = self._beside
+        return act[rows, places] if seen is chunk else None
 
     def read(
         self, site: Site, chunk: Chunk, held: torch.Tensor, visible: torch.Tensor

@@ -34,3 +34,14 @@ class EditTouchedNothing(ImagineLensError, RuntimeError):
 
 class CheckpointError(ImagineLensError, OSError):
     """A folder or id that is not a checkpoint this library can open."""
+
+
+def brief(words: object, longest: int = 200) -> str:
+    r"""Words that came from a file, as a sentence may show them: printable, and not too many.
+
+    >>> brief("no key '\x1b[31m" + 500 * "x", longest=20)
+    "no key '\\x1b[31mxxxxxxx ..."
+    """
+    said = str(words)
+    shown = said if len(said) <= longest else said[:longest] + " ..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

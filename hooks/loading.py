@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.errors import CheckpointError, brief
+
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
 def load_model(
@@ -163,6 +165,15 @@ def _has_model(path: Path) -> bool:
     return any(not n.startswith("adapter_") for n in files)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository of the Hub.
+
+    >>> is_hub_id("owner/name"), is_hub_id("name"), is_hub_id("owner/na me")
+    (True, False, False)
+    """
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def check_folder(name: str | Path) -> None:
     """Refuse what is neither a checkpoint's folder nor a Hub id, and say what it is."""
     path = Path(name)
@@ -172,10 +183,10 @@ def check_folder(name: str | Path) -> None:
         if (
             isinstance(name, Path)
             or str(name).startswith((".", "/", "~"))
-            or str(name).count("/") != 1
+            or not is_hub_id(str(name))
         ):
             raise CheckpointError(
-                f"{name!s} is neither a folder nor a Hub id of the form 'owner/name'; "
+                f"{brief(name)} is neither a folder nor a Hub id of the form 'owner/name'; "
                 "check the path, or ask il.organisms.available() for the shipped ones"
             )
         return

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,11 +49,13 @@ from imaginelens.hooks.loading import adapts, load_model, processor_home
 from imaginelens.hooks.media import audio_token_id, lay_out_videos, video_token_id
 from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
 from imaginelens.hooks.names import NamesFilter
+from imaginelens.hooks.nnterp_names import NnterpNames
 from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
 from imaginelens.hooks.pixels import PixelEdit, edit_pixels
 from imaginelens.hooks.positions import Positions, answer, image, latent
 from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
+from imaginelens.hooks.raw_traces import RawTraces, has_run, heard, named_entries
 from imaginelens.hooks.readout import answer_columns, read_out
 from imaginelens.hooks.registry import HookRegistry
 from imaginelens.hooks.rewriting import ForcedText, OwnLimit, Speller, as_written_by, rewritten
@@ -82,7 +85,8 @@ class LatentModel:
 
     Args:
         model: an instantiated Hugging Face model; it is wrapped, never changed. A TransformerBridge
-            is taken with its components, and its hooks go on acting.
+            is taken with its components, and its hooks go on acting; of a wrapper of nnsight's, the
+            model inside.
         processor: its processor; without one only encoded inputs are taken.
         spec: how the family feeds latents back (`il.LatentSpec`), writes them as tokens
             (`il.VocabSpec`), imagines in words (`il.TextSpec`) or recurs in depth
@@ -97,16 +101,18 @@ class LatentModel:
         registry: every site by name, and what is active on it.
         structure: where the parts of the model are.
         behaviour: what it does beyond a plain causal decoder.
+        nnsight: the model for nnsight traces of your own, in which edits act as well.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | nnsight.Envoy,
         processor: Any = None,
         spec: Family | str | Literal[False] | None = None,
         *,
         answer: Callable[[str], Any] | None = None,
     ) -> None:
+        model = model._module if isinstance(model, nnsight.Envoy) else model
         # of a TransformerBridge, the model that it has put its components into
         model = getattr(model, "original_model", model)
         if not isinstance(model, PreTrainedModel):
@@ -142,7 +148,7 @@ class LatentModel:
         self.registry = HookRegistry(table, depth=depth)
         self.behaviour = find_behaviour(model, len(self.structure.blocks))
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.nnsight = nnsight.NNsight(model)
+        self.nnsight = RawTraces(self)
 
     @classmethod
     def from_pretrained(
@@ -479,7 +485,10 @@ class LatentModel:
             self.registry.entries += entries
             yield self
             return
-        with self.registry.scope(entries):
+        if not entries:
+            yield self
+            return
+        with self.registry.scope(entries), heard(self.model, named_entries(entries)):
             yield self
 
     def transformer_lens(self, inputs: Any) -> "BoundModel":
@@ -505,6 +514,11 @@ class LatentModel:
 
         given = inputs if isinstance(inputs, Run | Prompt) else self.prompt(inputs)
         return BoundModel(self, given)
+
+    @cached_property
+    def nnterp(self) -> NnterpNames:
+        """The model under nnterp's names (`layers_output[i]`, `ln_final`, ...), for traces."""
+        return NnterpNames(self)
 
     def add_hook(
         self,
@@ -542,12 +556,13 @@ class LatentModel:
                 read the own. None: everyone does.
 
         Raises:
-            EditTouchedNothing: a run inside the block did not reach any position, or changed none.
+            EditTouchedNothing: a run inside the block did not reach any position, or changed none;
+                nothing ran inside the block; or the model was called directly, which no edit hears.
         """
         check_arguments(edit=edit, at=at)
         sites = tuple(self.registry.match(site))
         entry = edit_entry(edit, at, sites, heads=heads, readers=readers)
-        with self.registry.scope([entry]):
+        with self.registry.scope([entry]), has_run(self, entry):
             yield entry.landing
 
     def patch(

@@ -189,6 +189,7 @@ class Pairs:
         text: str = "question",
         answer: str = "answer",
         group: str | None = None,
+        source: str | Mapping[str, str] | None = None,
         pair: str | None = None,
         limit: int | None = None,
         seed: int = 0,
@@ -196,22 +197,36 @@ class Pairs:
     ) -> "Pairs":
         """Read a split of a Hugging Face dataset, or anything else that gives dicts by number.
 
+        Rows are read one at a time, and of a row only once: a stream is not run through. Where a
+        row is base and source in one, `source` says which columns are the source's.
+
         Args:
             images, text, answer: the columns; images are pictures, lists of them, or undecoded.
             group, pair: as in `from_jsonl`.
+            source: the source's columns, as `{"images": "image_after", "answer": "answer_after"}`;
+                those that are not named are shared with the base. Or the name of one column with
+                an object, as in `from_jsonl`. If left out, sources are drawn.
             limit: read the first so many rows only, as a stream needs; shuffle a sorted dataset
                 first.
 
         Raises:
-            InputError: there are no rows, or one cannot be read; it is named by its number, from 0.
+            InputError: there are no rows, or some cannot be read or are no pair; they are named by
+                their numbers, from 0.
 
         >>> rows = [{"image": None, "question": "1 + 1", "answer": "2"},
         ...         {"image": None, "question": "1 + 2", "answer": "3"}]
         >>> Pairs.from_dataset(rows).source_answers
         ('3', '2')
+        >>> rows = [{"image": None, "question": "1 + 1", "answer": "2", "ask": "1 + 2", "say": "3"}]
+        >>> Pairs.from_dataset(rows, source={"text": "ask", "answer": "say"}).source_answers
+        ('3',)
         """
-        columns = Columns(images, text, answer, group)
+        one = source if isinstance(source, str) else None
+        columns = Columns(images, text, answer, group, one)
         rows = reading.dataset_rows(dataset, limit)
+        if isinstance(source, Mapping):
+            columns = replace(columns, source=reading.BESIDE)
+            rows = reading.sources_beside(rows, columns, source)
         return cls._read(rows, columns, Path(), pair=pair, seed=seed, edit=edit)
 
     @classmethod
@@ -225,7 +240,7 @@ class Pairs:
         seed: int,
         edit: InputEdit | None,
     ) -> "Pairs":
-        rows = [reading.read_row(raw, columns, folder, where) for where, raw in found]
+        rows = reading.read_rows(found, columns, folder)
         if pair is not None:
             rows = reading.pair_up(rows, pair)
         return cls._from_rows(rows, seed=seed, edit=edit)

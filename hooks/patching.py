@@ -15,6 +15,7 @@ from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.metrics import Metric, Readout, Targets, targets_of
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.positions import Positions
+from imaginelens.hooks.recorded import Latents
 from imaginelens.hooks.run import Run
 from imaginelens.hooks.textedits import TextEntry, edit_entry
 
@@ -104,8 +105,12 @@ def patch(
     check_arguments(at=at, metric=metric)
     base_run = _as_run(lens, base)
     sites = lens.registry.match(site)
-    donor = donor_run(lens, source, sites, at, context)
-    answers = _answers(source_answers, donor)
+    donor: Run | Latents
+    if isinstance(source, Latents):  # what its samples answered is not in a recording
+        donor, answers = source, _given_answers(source_answers, len(base_run))
+    else:
+        donor = donor_run(lens, source, sites, at, context)
+        answers = _answers(source_answers, donor)
     return edited(
         lens,
         base_run,
@@ -289,6 +294,11 @@ def _answers(given: str | Sequence[str | None] | None, run: Run) -> list[str | N
             f"{len(answers)} answers were given for {len(run)} examples; give one each"
         )
     return answers
+
+
+def _given_answers(given: str | Sequence[str | None] | None, n: int) -> list[str | None]:
+    """The answers of sources that are not run: those given, or unknown."""
+    return [given] * n if given is None or isinstance(given, str) else list(given)
 
 
 def _name(edit: Edit) -> str:

@@ -290,8 +290,9 @@ def _checked(prompt: Prompt, model: PreTrainedModel, image_token_id: int | None)
             "return_tensors='pt'"
         )
     weight = next(model.parameters())
+    device = torch.device("cpu") if weight.is_meta else weight.device  # weights may be elsewhere
     moved = {
-        k: v.to(weight.device, weight.dtype if v.is_floating_point() and k not in TIMES else None)
+        k: v.to(device, weight.dtype if v.is_floating_point() and k not in TIMES else None)
         for k, v in inputs.items()
         if isinstance(v, torch.Tensor) and k != "labels"  # PaliGemma's processor adds some
     }

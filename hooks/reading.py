@@ -11,12 +11,14 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import InputError, brief
 from imaginelens.hooks.inputs import pictures_key, pictures_of
 
 TEXTS = ("text", "question")
 HISTORY = "imaginelens_history"  # what was done to saved pairs
 METADATA = ("metadata.jsonl", "metadata.csv")
+BESIDE = "imaginelens_source"  # where a row's source is put together, of columns beside the base's
+_NAMED = 8  # refused rows that an error names by number
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,71 @@ def read_row(raw: Mapping[str, Any], columns: Columns, folder: Path, where: str)
         )
     other = _read_example(source, columns, folder, f"the source in {where}")
     return replace(row, group=group, source=other)
+
+
+def read_rows(
+    found: Iterable[tuple[str, dict[str, Any]]], columns: Columns, folder: Path
+) -> list[Row]:
+    """Read all rows, or say of all that cannot be read which they are, and why the first cannot.
+
+    Raises:
+        InputError: as `read_row`; or a row of a dataset has one answer on both sides.
+    """
+    rows, refused = [], list[tuple[str, InputError]]()
+    for where, raw in found:
+        try:
+            row = read_row(raw, columns, folder, where)
+            if columns.source == BESIDE:
+                _check_sides(row)
+            rows.append(row)
+        except InputError as error:
+            refused.append((where, error))
+    if not refused:
+        return rows
+    first = refused[0][1]
+    if len(refused) == 1:
+        raise first
+    others = ", ".join(where for where, _ in refused[1:_NAMED]) + ", ..." * (len(refused) > _NAMED)
+    raise InputError(
+        f"{first} ({len(refused)} of {len(refused) + len(rows)} rows are refused; also {others})"
+    ) from first
+
+
+def _check_sides(row: Row) -> None:
+    """Refuse a row that brings its source, if no swap could be told from none."""
+    if row.source is None or row.source.answer is None or row.answer is None:
+        return
+    if row.answer.strip().casefold() == row.source.answer.strip().casefold():
+        raise InputError(
+            f"{row.where} has the answer {row.answer!r} on both sides, so no swap can be told from "
+            "none; leave it out"
+        )
+
+
+def sources_beside(
+    found: Iterable[tuple[str, dict[str, Any]]], columns: Columns, source: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows whose source stands in columns of its own beside the base's, with the source put
+    together under one key; what `source` does not name is shared.
+
+    Raises:
+        InputError: `source` names no column, another part than images, text and answer, or a column
+            that a row does not have.
+    """
+    parts = {"images": columns.images, "text": columns.text, "answer": columns.answer}
+    odd = sorted(set(source) - set(parts))
+    if odd or not source:
+        raise InputError(
+            f"source names {odd or 'nothing'}, expected columns for some of {', '.join(parts)}"
+        )
+    for where, raw in found:
+        missing = [key for key in source.values() if key not in raw]
+        if missing:
+            raise InputError(_missing(missing[0], raw, where))
+        theirs = {own: raw[source.get(part, own)] for part, own in parts.items() if own in raw}
+        rest = {key: value for key, value in raw.items() if key not in source.values()}
+        shared = {own: raw[own] for own in parts.values() if own in raw}
+        yield where, {**rest, **shared, BESIDE: theirs}
 
 
 def _read_example(raw: Mapping[str, Any], columns: Columns, folder: Path, where: str) -> Row:
@@ -169,10 +236,11 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"line {number} of {path.name}"
         try:
             raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{where} is no JSON ({error.msg}, column {error.colno}); write one object per line"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            why = brief(error)
+            if isinstance(error, json.JSONDecodeError):
+                why = f"{error.msg}, column {error.colno}"
+            raise InputError(f"{where} is no JSON ({why}); write one object per line") from error
         if not isinstance(raw, dict):
             raise InputError(f"{where} is {str(raw)[:60]!r}, expected an object {{...}}")
         yield where, raw

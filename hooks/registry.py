@@ -40,6 +40,7 @@ class HookRegistry(Mapping[str, Site]):
     entries: list[Entry] = field(default_factory=list)
     points: dict[str, HookPoint] = field(default_factory=dict)
     depth: Depth | None = None  # of a model that recurs in depth
+    forwards: int = 0  # of this library, so far
 
     def __contains__(self, name: object) -> bool:
         return name in self.table
@@ -203,6 +204,7 @@ class HookRegistry(Mapping[str, Site]):
             read: functions shown the value of a site after all hooks (the loop's own reads).
             workers: bare workers for the same trace.
         """
+        self.forwards += 1
         chunk = replace(chunk, points=self.points)
         values = {name: self._compose(name, chunk, None) for name in self.active}
         values.pop("hook_latent", None)
@@ -210,8 +212,12 @@ class HookRegistry(Mapping[str, Site]):
             values = {n: fn for n, fn in values.items() if not self.table[n].is_vision}
         if overlay is not None:
             values["hook_embed"] = _then(values.get("hook_embed"), overlay)
+        last: list[engine.Worker] = []
         for name, fn in (read or {}).items():
-            values[name] = _then(values.get(name), _reading(fn))
+            if engine.joins(wrapped) and self.table[name].kind.slot not in SLOTS:
+                last.append(self._worker(wrapped, self.table[name], _reading(fn)))
+            else:
+                values[name] = _then(values.get(name), _reading(fn))
         sites = [self.table[n] for n in values if self.table[n].kind.slot not in SLOTS]
         # Sites may share a module, and a worker between sublayers also writes the block's output:
         # they act in the order in which the stream passes them.
@@ -220,9 +226,9 @@ class HookRegistry(Mapping[str, Site]):
         if self.depth is not None:
             inputs = self.depth.given(model, inputs, chunk)
             with self.depth.hidden(chunk):
-                return engine.forward(wrapped, [*workers, *at_sites], inputs)
+                return engine.forward(wrapped, [*workers, *at_sites], inputs, last)
         with inside(model, self._inside(values, chunk)):
-            return engine.forward(wrapped, [*workers, *at_sites], inputs)
+            return engine.forward(wrapped, [*workers, *at_sites], inputs, last)
 
     def _inside(self, values: Mapping[str, Hook], chunk: Chunk) -> dict[str, Inside]:
         """What acts inside attention, by the path of its module and by slot."""

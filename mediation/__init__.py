@@ -4,6 +4,8 @@ from imaginelens.mediation.agreement import Agreement as Agreement
 from imaginelens.mediation.attention_knockout import attention_knockout as attention_knockout
 from imaginelens.mediation.attribute import attribute as attribute
 from imaginelens.mediation.attribution import Attribution as Attribution
+from imaginelens.mediation.captum_forward import CaptumForward as CaptumForward
+from imaginelens.mediation.captum_forward import captum_forward as captum_forward
 from imaginelens.mediation.causal_trace import causal_trace as causal_trace
 from imaginelens.mediation.cells import Cell as Cell
 from imaginelens.mediation.counterfactuals import counterfactuals as counterfactuals
@@ -17,6 +19,8 @@ from imaginelens.mediation.effects import Effects as Effects
 from imaginelens.mediation.errors import ControlError as ControlError
 from imaginelens.mediation.faithfulness import FaithfulnessCurve as FaithfulnessCurve
 from imaginelens.mediation.faithfulness import faithfulness_curve as faithfulness_curve
+from imaginelens.mediation.graph_export import attribution_graph as attribution_graph
+from imaginelens.mediation.graph_export import save_graph as save_graph
 from imaginelens.mediation.interchange import Interchange as Interchange
 from imaginelens.mediation.interchange import interchange as interchange
 from imaginelens.mediation.interventional import Interventional as Interventional

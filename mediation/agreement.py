@@ -8,13 +8,14 @@ from jaxtyping import Bool, Float
 from scipy import stats
 
 from imaginelens.mediation.cells import Cell
+from imaginelens.mediation.result_files import Saved
 
 CLOSE, ROUGH = 0.1, 0.5  # relative error of what agrees, and of what fails
 RANKED = 0.8  # rank correlation of an order that holds
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Agreement:
+class Agreement(Saved):
     """An approximation and exact patching, side by side.
 
     Some cells were drawn at random from the whole map: the errors and correlations are of these,

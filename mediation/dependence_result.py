@@ -22,6 +22,7 @@ from imaginelens.estimates.similarity import (
 from imaginelens.hooks.errors import InputError
 from imaginelens.mediation.dependence_runs import Baseline, relative
 from imaginelens.mediation.provenance import Provenance
+from imaginelens.mediation.result_files import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ _LEGEND = (
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Dependence:
+class Dependence(Saved):
     """Whether the latents depend on the input: similarities, their controls, and two tests.
 
     `il.input_dependence` makes one, `Dependence.of` makes one of any states.

@@ -16,6 +16,7 @@ from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.metrics import Metric
 from imaginelens.hooks.patching import Context
 from imaginelens.mediation.provenance import Provenance
+from imaginelens.mediation.result_files import Saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,7 +194,7 @@ class EditEffect:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Necessity:
+class Necessity(Saved):
     """The do(Z) table: what the answers lose when states are replaced.
 
     Intervals are those of each edit by itself, not adjusted for their number. The columns that are

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int8
 from imaginelens.estimates import EquivalenceMap, Estimate, EstimateError, equivalence_map
 from imaginelens.estimates.margin import check_margin
 from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.hub import Address
 from imaginelens.mediation import map_axes
 from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.map_axes import means, name_of
@@ -534,15 +535,40 @@ class EffectMap:
         return save(self, folder)
 
     @staticmethod
-    def load(folder: str | Path) -> "EffectMap":
-        """Read a map that `save` wrote, or the merged map of a finished study.
+    def load(folder: str | Path, *, revision: str | None = None) -> "EffectMap":
+        """Read a map that `save` or `push_to_hub` wrote, or the merged map of a finished study.
+
+        Args:
+            folder: a folder, or a dataset repository of the Hub.
+            revision: a branch, tag or commit of the Hub; the newest if left out. `il.hub_origin`
+                says which commit it was.
 
         Raises:
             CheckpointError: there is none, or a part of it is missing, torn, or of another version.
         """
-        from imaginelens.mediation.map_store import MapStore
+        from imaginelens.mediation.map_store import load
 
-        return MapStore(folder).load()
+        return load(folder, revision=revision)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> Address:
+        """Put the saved map on the Hugging Face Hub, as a dataset; returns its address.
+
+        Args:
+            license: the Hub's word for it, such as "cc-by-4.0"; the card names none if left out.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or one may not write there.
+        """
+        from imaginelens.mediation.map_store import push
+
+        return push(self, repo_id, private=private, token=token, license=license)
 
     def __repr__(self) -> str:
         from imaginelens.mediation import map_tables

@@ -15,6 +15,7 @@ import numpy as np
 from imaginelens.estimates import Estimate, EstimateError
 from imaginelens.hooks.errors import InputError
 from imaginelens.mediation.outcomes import NATURAL, PotentialOutcomes
+from imaginelens.mediation.result_files import Saved
 from imaginelens.mediation.study import Values
 
 Scale = Literal["difference", "ratio"]
@@ -60,7 +61,7 @@ MEANING = {
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Effects:
+class Effects(Saved):
     """The effects of one study, each an `Estimate` in the metric's unit.
 
     All of them rest on the examples that have an outcome in y00, y11, y10 and y01, so that

@@ -22,6 +22,7 @@ from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.ends import check_study
 from imaginelens.mediation.map_axes import means
 from imaginelens.mediation.ranking import halves, ranked, settings_of
+from imaginelens.mediation.result_files import Saved
 from imaginelens.mediation.sets import sets_map
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Saved):
     """f = (m(kept) - m(none)) / (m(all) - m(none)) over the share of cells that are kept.
 
     The interval between neighbouring shares is linear in the share, as in MIB, so that the whole

@@ -17,6 +17,7 @@ from imaginelens.hooks.metrics import kl, same
 from imaginelens.hooks.pairs import Hypothesis, Steps
 from imaginelens.hooks.positions import LatentPositions
 from imaginelens.hooks.textspans import ImaginationPositions
+from imaginelens.mediation.result_files import Saved
 
 OTHER, UNDETERMINED = "other", "undetermined"
 
@@ -35,7 +36,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Interchange:
+class Interchange(Saved):
     """What was answered after the swap, and what each hypothesis had predicted.
 
     Attributes:

@@ -31,6 +31,7 @@ from imaginelens.mediation.alignment import Align, FirstOf, aligned, counts
 from imaginelens.mediation.donors import Picked
 from imaginelens.mediation.folds import Rows
 from imaginelens.mediation.provenance import Provenance
+from imaginelens.mediation.result_files import Saved
 from imaginelens.mediation.study import Batch, Side, Study, Values, check_study, each
 
 Cells = Float[np.ndarray, "recipient donor"]
@@ -45,7 +46,7 @@ FORMULA = "rNDE = Y(x1, G0) - Y(x0, G0), rNIE = Y(x1, G1) - Y(x1, G0), overall =
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Interventional:
+class Interventional(Saved):
     """The outcome of every recipient with the latents of every donor, and the effects of do(X).
 
     Attributes:

@@ -3,8 +3,6 @@ all, and read with suspicion. No pickle, no path in any file."""
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from imaginelens.hooks.appearing import appearing
 from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.effect_map import EffectMap
@@ -88,21 +87,8 @@ def read_map(path: Path) -> EffectMap:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Put a file in its place when all of it is on the disk, so that no part of it is ever read."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the name, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with appearing(path) as partial:
+        partial.write_bytes(content)
 
 
 def check_file(path: Path) -> None:

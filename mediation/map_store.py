@@ -7,9 +7,11 @@ instant: what `done` names is there to the last bit, all else is made again.
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from imaginelens.hooks import hub
 from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.map_files import (
@@ -24,6 +26,7 @@ from imaginelens.mediation.map_files import (
 MANIFEST = "map.json"
 SHARD = "shard-{:06d}.safetensors"
 _NAME = re.compile(r"shard-(\d{6})\.safetensors")
+TABLE = "table.csv"
 _SHOWN = 8  # missing parts in an error message
 
 
@@ -167,6 +170,59 @@ def save(map: EffectMap, folder: str | Path) -> Path:
     store = MapStore(folder, plan={}, shards=1)
     store.write_shard(0, map)
     return store.folder
+
+
+def load(name: str | Path, *, revision: str | None = None) -> EffectMap:
+    """See `EffectMap.load`."""
+    files = (MANIFEST, "shard-*.safetensors", TABLE, hub.CARD)
+    folder, origin = hub.fetch(name, revision=revision, files=files, repo_type="dataset")
+    if origin is None:
+        return MapStore(folder).load()
+    return hub.remembered(MapStore(hub.plain_files(folder)).load(), origin)
+
+
+def push(
+    map: EffectMap, repo_id: str, *, private: bool, token: str | None, license: str | None
+) -> hub.Address:
+    """See `EffectMap.push_to_hub`."""
+
+    def put(folder: Path) -> None:
+        save(map, folder)
+        write_whole(folder / TABLE, map.to_dataframe().to_csv(index=False).encode())
+        write_whole(folder / hub.CARD, card(map, license=license).encode())
+
+    return hub.upload(
+        put,
+        repo_id,
+        message=f"EffectMap of {len(map)} cells, imaginelens {version('imaginelens')}",
+        private=private,
+        token=token,
+        repo_type="dataset",
+    )
+
+
+def card(map: EffectMap, *, license: str | None = None) -> str:
+    """The README of a map on the Hub."""
+    numbers = "\n".join(f"    {line}" for line in repr(map).splitlines())
+    tags = ("causal-mediation", "activation-patching", "effectmap")
+    return f"""{hub.header(tags=tags, license=license, table=TABLE)}
+
+# EffectMap
+
+{numbers}
+
+## Use
+
+```python
+import imaginelens as il
+
+effect_map = il.EffectMap.load("REPOSITORY_OR_FOLDER")
+effect_map.plot()
+```
+
+The value of every example in every cell is in `{SHARD.format(0)}`; `{TABLE}` has one row for each
+cell, for eyes and other tools.
+"""
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from imaginelens.hooks.errors import InputError
 from imaginelens.mediation.controls import Controls
 from imaginelens.mediation.provenance import Provenance
+from imaginelens.mediation.result_files import Saved
 from imaginelens.mediation.study import Values
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ NATURAL, CONTROLLED = ("y00", "y11", "y10", "y01"), ("c0", "c1")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PotentialOutcomes:
+class PotentialOutcomes(Saved):
     """The outcome of every example in every world; nan where it is missing.
 
     Attributes:

@@ -62,7 +62,7 @@ class OfSelector:
 
 def fits_rows(edit: Edit) -> bool:
     """Whether an edit can act on rows that each have a selector of their own."""
-    if isinstance(edit, EdgeEdit):
+    if isinstance(edit, EdgeEdit) or edit.reads is not None:
         return False
     return edit.given is None or _holder(edit) is not None
 

@@ -16,13 +16,14 @@ from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.ends import Direction, Ends, batches, check_study, ends_of
 from imaginelens.mediation.joint import part, together
+from imaginelens.mediation.result_files import Saved
 from imaginelens.mediation.sweep import joined
 
 SITE = "hook_latent"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class StepInfluence:
+class StepInfluence(Saved):
     """What replacing one latent step does to all steps, and to the answer.
 
     Attributes:

@@ -23,11 +23,12 @@ from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.ends import Direction, check_study
 from imaginelens.mediation.map_axes import means, name_of
 from imaginelens.mediation.ranking import check_size, halves, ranked, settings_of
+from imaginelens.mediation.result_files import Saved
 from imaginelens.mediation.sets import sets_map
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Sufficiency:
+class Sufficiency(Saved):
     """What some cells do when all of them are swapped together.
 
     Attributes:
@@ -56,7 +57,7 @@ class Sufficiency:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Selectivity:
+class Selectivity(Saved):
     """How much more some cells do together than as many others of the same kinds of sites.
 
     Attributes:

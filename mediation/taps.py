@@ -98,14 +98,14 @@ class Tap(EditEntry):
     @property
     def states(self) -> States:
         """The states that came to the spots in the last forward it was active in."""
-        return self._seen("states")
+        return self._laid("states")
 
     @property
     def leaf(self) -> States:
         """What the gradient of that forward is taken of."""
-        return self._seen("leaf")
+        return self._laid("leaf")
 
-    def _seen(self, what: str) -> torch.Tensor:
+    def _laid(self, what: str) -> torch.Tensor:
         assert isinstance(self.edit, _Lay)
         found = self.edit.seen[what]
         assert len(found) == len(self.spots), (len(found), len(self.spots))

@@ -17,11 +17,17 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from imaginelens.estimates import Estimate
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks import hub
+from imaginelens.hooks.appearing import appearing
+from imaginelens.hooks.errors import CheckpointError, InputError, brief
+from imaginelens.probes.hub import ERASER, push
 from imaginelens.probes.splitting import folds
 from imaginelens.probes.states import Cell, States
 
 Method = Literal["leace", "inlp", "mean"]
+_CARD = {"method": str, "concept": str, "site": str, "at": str, "n_steps": int}
+_CARD |= {"learned_from": dict, "keys": list, "groups": list}
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, RecursionError)
 Matrix = Float[np.ndarray, "d_model rank"]
 
 
@@ -218,7 +224,8 @@ class Eraser:
             for step, erasure in self.active.items()
             for part in parts
         }
-        save_file(tensors, home / "eraser.safetensors")
+        with appearing(home / "eraser.safetensors") as partial:
+            save_file(tensors, partial)
         card = {
             "method": self.method,
             "concept": self.concept,
@@ -229,42 +236,108 @@ class Eraser:
             "keys": sorted(self.keys),
             "groups": sorted(self.groups),
         }
-        (home / "eraser.json").write_text(json.dumps(card, indent=2) + "\n")
+        with appearing(home / "eraser.json") as partial:
+            partial.write_text(json.dumps(card, indent=2) + "\n")
         return home
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> hub.Address:
+        """Put the saved eraser on the Hugging Face Hub and return its address.
+
+        Args:
+            license: the Hub's word for it, such as "mit"; the card names none if left out.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or one may not write there.
+        """
+        told = (
+            f"Erases {self.concept} from states at `{self.site}` (`{self.at}`), as it was learned "
+            "from the states of one model: on another model's states it means nothing."
+        )
+        tags = ("concept-erasure", self.method)
+        return push(
+            self, repo_id, tags=tags, told=told, private=private, token=token, license=license
+        )
+
     @staticmethod
-    def load(folder: str | Path) -> "Eraser":
-        """Read what `save` wrote.
+    def load(folder: str | Path, *, revision: str | None = None) -> "Eraser":
+        """Read what `save` or `push_to_hub` wrote, from a folder or the Hub.
 
         Raises:
             InputError: the folder holds no eraser.
+            CheckpointError: there is neither, or what it holds is torn, or was changed.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        home = Path(folder)
+        home, origin = hub.fetch(folder, revision=revision, files=ERASER)
         if not (home / "eraser.json").exists():
             raise InputError(f"{home} holds no eraser.json; save one with eraser.save(folder)")
-        card = json.loads((home / "eraser.json").read_text())
-        tensors = load_file(home / "eraser.safetensors")
-        steps: list[Erasure | None] = [None] * card["n_steps"]
-        for step, n in card["learned_from"].items():
-            mean, left, right = (tensors[f"{step}.{part}"] for part in ("mean", "left", "right"))
-            steps[int(step)] = Erasure(mean, left, right, n)
-        return Eraser(
-            steps=tuple(steps),
-            method=card["method"],
-            concept=card["concept"],
-            site=card["site"],
-            at=card["at"],
-            keys=frozenset(card["keys"]),
-            groups=frozenset(card["groups"]),
-        )
+        try:
+            card = json.loads((home / "eraser.json").read_text(encoding="utf-8"))
+            found = _built(card, load_file(home / "eraser.safetensors"))
+            return hub.remembered(found, origin)
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            LookupError,
+            RecursionError,
+        ) as error:
+            raise CheckpointError(
+                f"{home} does not hold an eraser as this version writes it ({brief(error)}); save "
+                "it again"
+            ) from error
 
     def __repr__(self) -> str:
         ranks = ", ".join(f"step {k}: {e.rank} of {self.width}" for k, e in self.active.items())
         learned = min(e.n for e in self.active.values())
         where = f" at {self.site}" if self.site else ""
         return f"Eraser({self.method}, {self.concept}{where}, {ranks}, n={learned})"
+
+
+def _built(card: Any, tensors: dict[str, np.ndarray]) -> Eraser:
+    """An eraser from what its files hold."""
+    for name, kind in _CARD.items():
+        if not isinstance(card, dict) or not isinstance(card.get(name), kind):
+            raise ValueError(f"it has no {name}")
+    if card["method"] not in get_args(Method) or not all(
+        isinstance(key, str) for name in ("keys", "groups") for key in card[name]
+    ):
+        raise ValueError("its method, keys or groups are none")
+    learned = {step: n for step, n in card["learned_from"].items() if type(n) is int}
+    numbers = sorted(int(step) for step in learned)
+    if [str(k) for k in numbers] != sorted(learned, key=int) or len(learned) < 1:
+        raise ValueError("its steps are no numbers")
+    if not 0 <= numbers[0] <= numbers[-1] < card["n_steps"] <= 10**6:
+        raise ValueError(f"it has steps {numbers[0]} to {numbers[-1]} of {card['n_steps']}")
+    steps: list[Erasure | None] = [None] * card["n_steps"]
+    for step, n in learned.items():
+        mean, left, right = (tensors[f"{step}.{part}"] for part in ("mean", "left", "right"))
+        floats = all(array.dtype.kind == "f" for array in (mean, left, right))
+        if not floats or left.shape != right.shape or left.shape[:-1] != mean.shape:
+            raise ValueError(f"its arrays of step {step} do not fit each other")
+        if not all(np.isfinite(array).all() for array in (mean, left, right)):
+            raise ValueError(f"its arrays of step {step} are not finite")
+        steps[int(step)] = Erasure(mean, left, right, n)
+    if len({len(e.mean) for e in steps if e is not None}) > 1:
+        raise ValueError("its steps have different widths")
+    return Eraser(
+        steps=tuple(steps),
+        method=card["method"],
+        concept=card["concept"],
+        site=card["site"],
+        at=card["at"],
+        keys=frozenset(card["keys"]),
+        groups=frozenset(card["groups"]),
+    )
 
 
 def erase(

@@ -12,8 +12,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from imaginelens.estimates import Estimate, EstimateError
+from imaginelens.hooks import hub
+from imaginelens.hooks.appearing import appearing
 from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.probes.grid_text import lines
+from imaginelens.probes.hub import MAP, push
 from imaginelens.probes.map_tests import Adjust, adjusted, pvalues
 from imaginelens.probes.result import CONTROL_TASK
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Grid = Float[np.ndarray, "step site"]
 _VERSION = 1
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _ARRAYS = ("scores", "error", "chance", "null", "penalties", "groups")
 _WORDS = ("sites", "kind", "label", "at", "n_folds", "seed", "adjust", "level", "notes")
 
@@ -252,14 +256,38 @@ class ProbeMap:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"control:{name}": found for name, found in self.control_scores.items()}
         kept = {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
-        save_file(kept, path / "map.safetensors")
+        with appearing(path / "map.safetensors") as partial:
+            save_file(kept, partial)
         words = {"version": _VERSION} | {name: getattr(self, name) for name in _WORDS}
         words["controls"] = list(self.control_scores)
-        (path / "map.json").write_text(json.dumps(words, indent=1) + "\n")
+        with appearing(path / "map.json") as partial:
+            partial.write_text(json.dumps(words, indent=1) + "\n")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> hub.Address:
+        """Put the saved map on the Hugging Face Hub and return its address.
+
+        Args:
+            license: the Hub's word for it, such as "mit"; the card names none if left out.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or one may not write there.
+        """
+        told = "That a label can be read from a state does not say that the model uses it."
+        tags = ("probe", self.kind)
+        return push(
+            self, repo_id, tags=tags, told=told, private=private, token=token, license=license
+        )
 
     @staticmethod
-    def load(folder: str | Path) -> "ProbeMap":
-        """Read what `save` wrote.
+    def load(folder: str | Path, *, revision: str | None = None) -> "ProbeMap":
+        """Read what `save` or `push_to_hub` wrote, from a folder or the Hub.
 
         Raises:
             CheckpointError: a file is missing or holds something else.
@@ -267,7 +295,7 @@ class ProbeMap:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        path = Path(folder)
+        path, origin = hub.fetch(folder, revision=revision, files=MAP)
         try:
             words: dict[str, Any] = json.loads((path / "map.json").read_text())
             if words.pop("version") != _VERSION:
@@ -279,8 +307,9 @@ class ProbeMap:
             for name in ("sites", "notes"):
                 words[name] = tuple(words[name])
             optional: dict[str, Any] = {"error": None, "penalties": None, "groups": None}
-            return ProbeMap(**optional | arrays, control_scores=controls, **words)
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            made = ProbeMap(**optional | arrays, control_scores=controls, **words)
+            return hub.remembered(made, origin)
+        except (*_UNREADABLE, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(

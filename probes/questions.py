@@ -148,12 +148,16 @@ def read_questions(questions: Any, *, suffix: str = "") -> list[Question]:
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
         raise InputError(f"{str(path)!r} is not a file; give a JSONL file with one question a line")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} of {str(path)!r} is no JSON ({error})") from error
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 
 from imaginelens.estimates import Estimate, permutation_pvalue
 from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.hub import Address
 from imaginelens.probes.estimators import Probe
 
 SHUFFLED, CONTROL_TASK, RANDOM_FEATURES = "shuffled labels", "control task", "random features"
@@ -271,14 +272,27 @@ class ProbeResult:
 
         return save(self, Path(folder))
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> Address:
         """Put the saved result on the Hugging Face Hub and return its address.
 
         The labels, predictions and groups of all rows go along, for the intervals need them.
+
+        Args:
+            license: the Hub's word for it, such as "mit"; the card names none if left out.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or one may not write there.
         """
         from imaginelens.probes.saving import push
 
-        return push(self, repo_id, private=private, token=token)
+        return push(self, repo_id, private=private, token=token, license=license)
 
     @staticmethod
     def from_pretrained(name: str | Path, *, revision: str | None = None) -> "ProbeResult":

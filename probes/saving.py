@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import secrets
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,18 +13,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
+from imaginelens.hooks import hub
+from imaginelens.hooks.appearing import appearing
 from imaginelens.hooks.errors import CheckpointError
 from imaginelens.probes.estimators import restored
-from imaginelens.probes.hub import upload
 from imaginelens.probes.result import ProbeResult
 
 VERSION = 1
-ARRAYS, WORDS, CARD = "probe.safetensors", "probe.json", "README.md"
+ARRAYS, WORDS, CARD = "probe.safetensors", "probe.json", hub.CARD
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 OWN = ("rows", "steps", "groups", "folds", "probabilities", "baseline", "shuffled")
 PLAIN = ("kind", "label", "where", "n_steps")
 
 
-def save(result: ProbeResult, folder: Path) -> Path:
+def save(result: ProbeResult, folder: Path, *, license: str | None = None) -> Path:
     """Write a result to a folder; the file with the words comes last, and is the proof."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder!s} is a file; give a folder to save the probe to")
@@ -45,7 +45,7 @@ def save(result: ProbeResult, folder: Path) -> Path:
         "summary": result.summary(),
     }
     _write(folder / ARRAYS, content)
-    _write(folder / CARD, card(result).encode())
+    _write(folder / CARD, card(result, license=license).encode())
     _write(folder / WORDS, json.dumps(words, indent=1, allow_nan=False).encode())
     return folder
 
@@ -75,53 +75,35 @@ def load_probe(folder: str | Path) -> ProbeResult:
                 f"{path / ARRAYS!s} and {WORDS} do not belong together; save the probe again"
             )
         return _built(words, from_bytes(content))
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
             f"{path!s} does not hold a probe as this version writes it ({error}); save it again"
         ) from error
 
 
-def push(result: ProbeResult, repo_id: str, *, private: bool, token: str | None) -> str:
+def push(
+    result: ProbeResult, repo_id: str, *, private: bool, token: str | None, license: str | None
+) -> hub.Address:
     """Create a repository of models on the Hub, if it is not there, and put the result in it."""
     message = f"{result.kind} probe of {result.label}, imaginelens {_our_version()}"
-    put = partial(save, result)
-    return upload(put, repo_id, message=message, private=private, token=token)
+    put = partial(save, result, license=license)
+    return hub.upload(put, repo_id, message=message, private=private, token=token)
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> ProbeResult:
     """Read a result from a folder, if there is one of this name, or else from the Hub."""
-    if Path(name).is_dir():
-        return load_probe(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = snapshot_download(
-            str(name), revision=revision, allow_patterns=[ARRAYS, WORDS, CARD]
-        )
-    except (OSError, HFValidationError) as error:
-        raise CheckpointError(
-            f"there is no folder {str(name)!r}, and the Hub gave none of that name ({error}); give "
-            "a folder that .save() wrote, or a repository's id"
-        ) from error
-    return load_probe(found)
+    folder, origin = hub.fetch(name, revision=revision, files=(ARRAYS, WORDS, CARD))
+    return hub.remembered(load_probe(folder), origin)
 
 
-def card(result: ProbeResult) -> str:
+def card(result: ProbeResult, *, license: str | None = None) -> str:
     """The README of a saved probe, in the Hub's conventions."""
     numbers = "\n".join(f"    {line}" for line in repr(result).splitlines())
     label = json.dumps(result.label)
     arrays = "\n".join(
         f"- `{name}` {tuple(each.shape)}" for name, each in result.probe.readout_.arrays.items()
     )
-    return f"""---
-library_name: imaginelens
-tags:
-- imaginelens
-- probe
-- interpretability
-- {result.kind}
----
+    return f"""{hub.header(tags=("probe", result.kind), license=license)}
 
 # A {result.kind} probe of {label[1:-1]}
 
@@ -183,13 +165,8 @@ def _built(words: dict[str, Any], arrays: dict[str, np.ndarray]) -> ProbeResult:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Put a file in its place when all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
+    with appearing(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _our_version() -> str:

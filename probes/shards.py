@@ -7,8 +7,6 @@ without the rest; beside it lies what is needed to go on with the collecting and
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from imaginelens.hooks.appearing import appearing
 from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.probes.states import Cells, States
 
@@ -239,7 +238,7 @@ class Folder:
             "width": part.values.shape[3],
             "digests": {name: _digest(array) for name, array in tensors.items()},
         }
-        with _appearing(self._path(number)) as partial:
+        with appearing(self._path(number)) as partial:
             save_file(tensors, partial, metadata={HEADER: json.dumps(header)})
 
     def trace(self, number: int) -> Trace:
@@ -298,7 +297,7 @@ class Folder:
                 "texts and finite numbers"
             ) from error
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _appearing(self.folder / MANIFEST) as partial:
+        with appearing(self.folder / MANIFEST) as partial:
             partial.write_text(text, encoding="utf-8")
         self._begun = True
 
@@ -511,19 +510,6 @@ def _trace(path: Path, stamp: str) -> Trace:
         first = file.tensor("first") if "first" in file.header["digests"] else None
         mask, steps, written = (file.tensor(name) for name in ("mask", "steps", "written"))
         return Trace(mask, steps, written, first, bool(file.header["late"]))
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end takes its place, whole, or leaves no trace."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from imaginelens.estimates import Estimate
 from imaginelens.hooks import LatentModel, Run, latent
 from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.hub import Address
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.positions import Positions
 from imaginelens.probes.lens_table import LensTable
@@ -214,11 +215,25 @@ class TunedLens:
 
         return from_pretrained(name, revision=revision)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload weights, words and card to a model repository of the Hub; returns its address."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> Address:
+        """Upload weights, words and card to a model repository of the Hub; returns its address.
+
+        Args:
+            license: the Hub's word for it, such as "mit"; the card names none if left out.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or one may not write there.
+        """
         from imaginelens.probes.tuned_saving import push
 
-        return push(self, repo_id, private=private, token=token)
+        return push(self, repo_id, private=private, token=token, license=license)
 
     def _check(self, lens: LatentModel) -> None:
         width = len(next(iter(self.biases.values())))

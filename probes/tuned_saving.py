@@ -12,16 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
+from imaginelens.hooks import hub
+from imaginelens.hooks.appearing import appearing
 from imaginelens.hooks.errors import CheckpointError, InputError
-from imaginelens.probes.hub import upload
 from imaginelens.probes.tuned_lens import TunedLens
 from imaginelens.probes.tuned_training import bits
 
-WEIGHTS, WORDS, CARD = "tuned_lens.safetensors", "tuned_lens.json", "README.md"
+WEIGHTS, WORDS, CARD = "tuned_lens.safetensors", "tuned_lens.json", hub.CARD
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 VERSION = 1
 
 
-def save(lens: TunedLens, folder: Path) -> Path:
+def save(lens: TunedLens, folder: Path, *, license: str | None = None) -> Path:
     """Write a lens to a folder; the file with the words comes last, and is the proof."""
     if (folder / WORDS).exists():
         raise InputError(f"{str(folder)!r} holds a tuned lens already; choose another folder")
@@ -40,29 +42,17 @@ def save(lens: TunedLens, folder: Path) -> Path:
         "model": lens.model,
         "groups": None if groups is None else [str(group) for group in groups],
     }
-    (folder / WEIGHTS).write_bytes(content)
-    (folder / CARD).write_text(card(lens), encoding="utf-8")
-    (folder / WORDS).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    with appearing(folder / WEIGHTS) as partial:
+        partial.write_bytes(content)
+    (folder / CARD).write_text(card(lens, license=license), encoding="utf-8")
+    with appearing(folder / WORDS) as partial:
+        partial.write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> TunedLens:
     """Read a lens from a folder, if there is one of this name, or else from the Hub."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = snapshot_download(
-                str(name), revision=revision, allow_patterns=[WEIGHTS, WORDS, CARD]
-            )
-        except (OSError, HFValidationError) as error:
-            raise CheckpointError(
-                f"there is no folder {str(name)!r}, and the Hub gave none of that name ({error}); "
-                "give a folder that .save() wrote, or a repository's id"
-            ) from error
-        folder = Path(found)
+    folder, origin = hub.fetch(name, revision=revision, files=(WEIGHTS, WORDS, CARD))
     try:
         words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
         content = (folder / WEIGHTS).read_bytes()
@@ -70,31 +60,31 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> TunedLe
             raise ValueError(f"its format is {words['format']!r}, and this version reads {VERSION}")
         if words["digest"] != hashlib.sha256(content).hexdigest():
             raise ValueError(f"{WEIGHTS} and {WORDS} do not belong together")
-        return _built(words, from_bytes(content))
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
+        return hub.remembered(_built(words, from_bytes(content)), origin)
+    except (*_UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
             f"{str(name)!r} does not hold a tuned lens that can be read ({error}); make one with "
             "TunedLens.fit(...).save(folder)"
         ) from error
 
 
-def push(lens: TunedLens, repo_id: str, *, private: bool, token: str | None) -> str:
+def push(
+    lens: TunedLens, repo_id: str, *, private: bool, token: str | None, license: str | None
+) -> hub.Address:
     """Create a repository of models on the Hub, if it is not there, and put the lens in it."""
     message = f"Tuned lens of a {lens.model}"
-    return upload(partial(save, lens), repo_id, message=message, private=private, token=token)
+    put = partial(save, lens, license=license)
+    return hub.upload(put, repo_id, message=message, private=private, token=token)
 
 
-def card(lens: TunedLens) -> str:
+def card(lens: TunedLens, *, license: str | None = None) -> str:
     """The README of a saved lens, in the Hub's conventions."""
     rows = [
         f"| {s} | {lens.kl_before[s].value:.4f} {lens.kl_before[s].ci()} "
         f"| {lens.kl_after[s].value:.4f} {lens.kl_after[s].ci()} |"
         for s in lens.sites
     ]
-    return f"""---
-library_name: imaginelens
-tags: [imaginelens, tuned-lens, interpretability]
----
+    return f"""{hub.header(tags=("tuned-lens",), license=license)}
 # Tuned lens of a {lens.model}
 
 Affine translators of {len(lens.sites)} sites (Belrose et al. 2023), trained at `{lens.at}`.

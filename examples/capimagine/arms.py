@@ -132,6 +132,12 @@ class Batch:
             return il.imagination.between(family.open, family.close)
         return il.latent
 
+    def lined_up(self, donor: Run) -> Positions:
+        """What a donor's imagination is put in place of: of latents, as many as each example of it
+        has, as an edited run may open another span and go on for longer than its donor."""
+        counts = [n for n in donor.trigger.emitted if n] if self.form == "latents" else []
+        return il.latent[: min(counts)] if counts else self.at
+
     @property
     def captions(self) -> list[list[str]]:
         """What each example imagined in words, span by span."""
@@ -277,7 +283,8 @@ def _donor(batch: Batch, context: Context) -> Deed:
         readings["pointer"] = [
             letter(base.shape_of(other.path[-1])) for base, other in hunts if base and other
         ]
-    return Deed(il.Swap(batch.source), batch.at, {**readings, "own": batch.own})
+    at = batch.lined_up(batch.source)
+    return Deed(il.Swap(batch.source), at, {**readings, "own": batch.own})
 
 
 def _donated(batch: Batch) -> list[str | None]:
@@ -325,7 +332,7 @@ def _latents_of(how: str) -> Callable[[Batch, Context], Deed | None]:
             return None
         given = [h or item.hunt for h, item in zip(hunts, batch.items, strict=True)]
         donor = batch.lens.run([hunt_example(h) for h in given if h is not None])
-        at = il.latent[0] if how == "first step" else batch.at
+        at = il.latent[0] if how == "first step" else batch.lined_up(donor)
         return Deed(il.Swap(donor), at, _aims(batch, how, hunts))
 
     return make
@@ -407,7 +414,9 @@ _WORDS: dict[str, _Make] = {
 _LATENTS: dict[str, _Make] = {
     **_BOTH,
     "paraphrase": lambda batch, context: Deed(Jitter(seed=batch.seed), batch.at),
-    "shuffle": lambda batch, context: Deed(il.Shuffle(batch.run, seed=batch.seed), batch.at),
+    "shuffle": lambda batch, context: Deed(
+        il.Shuffle(batch.run, seed=batch.seed), batch.lined_up(batch.run)
+    ),
     "other instance": lambda batch, context: Deed(
         Within(il.Resample(batch.reference, seed=batch.seed)), batch.at
     ),

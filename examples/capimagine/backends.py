@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from examples.capimagine.client import load_client
 from examples.capimagine.refused import Refusal, SourceError
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -202,6 +203,9 @@ def encoded(path: Path, *, max_pixels: int) -> bytes:
 # -- backends --------------------------------------------------------------------------------------
 
 
+SECRET = 8  # letters of the shortest key; shorter ones, such as EMPTY, are in other words, too
+
+
 class OpenAI:
     """Any endpoint that speaks the OpenAI API: vLLM, SGLang, llama.cpp, hosted ones.
 
@@ -221,11 +225,13 @@ class OpenAI:
         timeout: float = 120.0,
         sampling: Sampling | None = None,
     ) -> None:
+        load_client()  # before openai, which nnsight's `.save` would break
         import openai
 
         self.model = model
         self.sampling = sampling or Sampling()
         self._errors = openai
+        self._key = api_key
         # retries are counted and paid for by whoever asks, so not hidden in the client
         self._client = openai.AsyncOpenAI(
             base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0
@@ -243,16 +249,26 @@ class OpenAI:
             # raw, because reading a reply into the client's classes takes longer than asking
             raw = await self._client.chat.completions.with_raw_response.create(**body)
         except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
-            raise SourceError(f"the endpoint refuses the key: {_short(error)}") from error
+            raise SourceError(f"the endpoint refuses the key: {self._told(error)}") from error
         except errors.NotFoundError as error:
-            raise SourceError(f"the endpoint has no {self.model!r}: {_short(error)}") from error
+            raise SourceError(f"the endpoint has no {self.model!r}: {self._told(error)}") from error
         except (errors.RateLimitError, errors.InternalServerError, errors.ConflictError) as error:
-            raise Busy(_short(error), _wait(error.response.headers.get("retry-after"))) from error
+            raise Busy(
+                self._told(error), _wait(error.response.headers.get("retry-after"))
+            ) from error
         except errors.APIConnectionError as error:
-            raise Busy(_short(error)) from error
+            raise Busy(self._told(error)) from error
         except errors.APIStatusError as error:
-            raise Refusal("endpoint refuses", f"the endpoint says: {_short(error)}") from error
-        return _reply(raw.text)
+            raise Refusal("endpoint refuses", f"the endpoint says: {self._told(error)}") from error
+        return _reply(self._without_key(raw.text))
+
+    def _told(self, error: Exception) -> str:
+        return _short(self._without_key(str(error)) or type(error).__name__)
+
+    def _without_key(self, text: str) -> str:
+        """What an endpoint says, without the key: some repeat the one that they refuse."""
+        secret = len(self._key) >= SECRET
+        return text.replace(self._key, "[the key]") if secret else text
 
     async def close(self) -> None:
         """Close the connections."""
@@ -273,8 +289,8 @@ def _reply(text: str) -> Reply:
         raise Busy(f"the endpoint's reply is no completion: {text[:200]!a}") from error
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _short(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def _wait(header: str | None) -> float | None:

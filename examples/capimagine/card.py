@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from PIL import Image
 
 from examples.capimagine.chains import Chain
 from examples.capimagine.refused import count
+from imaginelens.view.markup import inert
 
 if TYPE_CHECKING:
     from examples.capimagine.asking import Asking
@@ -150,7 +152,8 @@ def _versions(*names: str) -> dict[str, str]:
 
 def write_card(facts: dict[str, Any], out: Path) -> None:
     """Write the card for programs (`card.json`) and for people (`card.md`)."""
-    (out / "card.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    whole = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    (out / "card.json").write_text(whole, encoding="utf-8", errors="backslashreplace")
     (out / "card.md").write_text(_page(facts), encoding="utf-8")
 
 
@@ -159,8 +162,8 @@ def _page(facts: dict[str, Any]) -> str:
     lines = [
         "# Chains with imagination in words",
         "",
-        f"{facts['kept']} chains, from {read['records']} records of `{facts['source']}` "
-        f"(layout {facts['layout']}), rewritten by `{facts['model']}`.",
+        f"{facts['kept']} chains, from {read['records']} records of `{_code(facts['source'])}` "
+        f"(layout {facts['layout']}), rewritten by `{_code(facts['model'])}`.",
         "",
         "| stage | left | refused | why |",
         "|-|-|-|-|",
@@ -168,7 +171,7 @@ def _page(facts: dict[str, Any]) -> str:
     ]
     lines += [_row(name, s["left"], s["refused"]) for name, s in facts["stages"].items()]
     lines += ["", "| subset | chains |", "|-|-|"]
-    lines += [f"| {subset} | {n} |" for subset, n in facts["kept by subset"].items()]
+    lines += [f"| {_words(subset)} | {n} |" for subset, n in facts["kept by subset"].items()]
     lines += [
         "",
         f"Share of chains with the answer in a caption: {facts['answer in a caption']}; in one "
@@ -191,8 +194,23 @@ def _kinds(counts: dict[str, int]) -> dict[str, int]:
 
 
 def _row(name: str, left: int, refused: dict[str, int]) -> str:
-    why = ", ".join(f"{kind} {n}" for kind, n in refused.items())
+    why = ", ".join(f"{_words(kind)} {n}" for kind, n in refused.items())
     return f"| {name} | {left} | {sum(refused.values())} | {why} |"
+
+
+def _words(text: str) -> str:
+    """A text of the data as words of a Markdown table: nothing in it is HTML, a link or a column.
+
+    >>> _words("a|b <script> [x](y)")
+    'a\\\\|b &lt;script&gt; \\\\[x\\\\](y)'
+    """
+    line = " ".join(inert(str(text), limit=200).split())
+    return re.sub(r"([\\`*\[\]|~!])", r"\\\1", html.escape(line, quote=False))
+
+
+def _code(text: str) -> str:
+    """A text of the data within backticks, where only a backtick means something."""
+    return " ".join(inert(str(text), limit=200).replace("`", "'").split())
 
 
 def _cost(paid: dict[str, dict[str, int]]) -> str:

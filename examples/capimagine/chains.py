@@ -69,7 +69,8 @@ class Chain:
 
     def messages(self, *, reply: bool = True) -> list[dict[str, Any]]:
         """The chat as chat templates take it; without the reply, what a model is asked."""
-        turns = [("system", (self.system,))] if self.system else []
+        turns: list[tuple[str, tuple[Part, ...]]] = []
+        turns += [("system", (self.system,))] if self.system else []
         turns += [("user", self.prompt), *([("assistant", self.reply)] if reply else [])]
         return [{"role": role, "content": [_content(p) for p in parts]} for role, parts in turns]
 
@@ -137,7 +138,7 @@ def _read(path: Path) -> Iterator[Chain]:
                 answer=record["answer"],
                 system=record.get("system", ""),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {path.name} is no chain ({type(error).__name__}: {error}); "
                 "write such files with examples.capimagine.data"

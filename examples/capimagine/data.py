@@ -664,6 +664,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS)
     parser.add_argument("--export", choices=list(EXPORTS), help="instead of chains.jsonl")
     parser.add_argument("--allow-no-observation", action="store_true", help="Monet's flag")
+    parser.add_argument("--system", help="system prompt of the chains written; '' for none")
     args = parser.parse_args()
     try:
         reading = read(
@@ -672,11 +673,13 @@ def main() -> None:
             unpack=args.out / "pictures",
             allow_no_observation=args.allow_no_observation,
         )
-        refused = list(reading.refused)
+        refused, chains = list(reading.refused), reading.chains
+        if args.system is not None:
+            chains = [replace(chain, system=args.system) for chain in chains]
         if args.export:
-            refused += EXPORTS[args.export](reading.chains, args.out)
+            refused += EXPORTS[args.export](chains, args.out)
         else:
-            save(reading.chains, args.out / "chains.jsonl")
+            save(chains, args.out / "chains.jsonl")
     except SourceError as error:
         raise SystemExit(str(error)) from error
     write_refused(refused, args.out / "refused.jsonl")

@@ -1,8 +1,10 @@
 """What the arms did: effects with intervals, which reading was followed, one table, one figure."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,6 +203,15 @@ class Compared:
     contexts: tuple[Context, ...] = ("free", "fixed")
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, paths: Sequence[Path]) -> "Compared":
+        """Put together what `causal.py` wrote of several models, each in its own `causal.json`."""
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        models = tuple(_studied(model) for one in found for model in one["models"])
+        contexts = dict.fromkeys(o.context for model in models for o in model.outcomes)
+        notes = dict.fromkeys(note for one in found for note in one["notes"])
+        return cls(models, tuple(contexts), tuple(notes))
+
     def __getitem__(self, name: str) -> Studied:
         return next(model for model in self.models if model.name == name)
 
@@ -278,6 +289,25 @@ class Compared:
                 for m in self.models
             ],
         }
+
+
+def _studied(record: Mapping[str, Any]) -> Studied:
+    """A model of `to_json` again."""
+    outcomes = tuple(
+        Outcome(
+            o["arm"],
+            o["context"],
+            tuple(o["answers"]),
+            tuple(o["touched"]),
+            {reading: tuple(answers) for reading, answers in o["readings"].items()},
+            math.nan if o["again"] is None else o["again"],
+            o["error"],
+        )
+        for o in record["outcomes"]
+    )
+    kept = {key: record[key] for key in ("name", "form", "seconds", "tokens")}
+    answers: dict[str, Any] = {key: tuple(record[key]) for key in ("truths", "unedited")}
+    return Studied(outcomes=outcomes, **kept, **answers)
 
 
 def _cell(model: Studied, arm: Arm, context: Context) -> str:

@@ -392,7 +392,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
                 settings = record["settings"]
             else:
                 made.append(Prediction.of(record))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"line {number} of {path} is no prediction ({type(error).__name__}: {error}); "
                 "give another --out"

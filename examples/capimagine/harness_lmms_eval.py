@@ -4,27 +4,33 @@ r"""lmms-eval asks our lens: any model of the library, with or without do(Z).
         --model_args pretrained=Michael4933/CapImagine-7B,do=none,max_new_tokens=2048 \
         --tasks vstar_bench,hrbench4k,mme_realworld_lite,blink_jigsaw --output_path out
 
-or from a package of your own, by lmms-eval's entry-point group:
+or as a model of lmms-eval's own command, which finds it in the entry-point group
+`lmms_eval.models`, by a package of a few lines that lies beside this file:
 
-    [project.entry-points."lmms_eval.models"]
-    imaginelens = "examples.capimagine.harness_lmms_eval:manifest"
+    pip install --no-deps examples/capimagine/lmms_eval_plugin
+    PYTHONPATH=. lmms-eval --model imaginelens --model_args pretrained=...,do=mean --tasks ...
 
-Written to lmms-eval's documented interface (docs/guides/model_guide.md and models/registry_v2.py,
-as of version 0.7), and tested against a stand-in of it. IT WAS NOT RUN IN lmms-eval ITSELF, which
-could not be installed beside this library's tests (136 packages, torchvision among them).
+PYTHONPATH is the root of the clone: recipes are no part of the library's wheel, and a package that
+lmms-eval needs brings another top-level `examples`. LMMS_EVAL_PLUGINS, the older way, does not do:
+lmms-eval takes what it names for a model of its simple kind, and refuses this one. Run in lmms-eval
+0.7.3 both ways, on organisms and a local task, without those of its requirements that only other
+models and tasks use (torchvision among them); the tests here use a stand-in.
 
 Two traps. `vstar_bench` and `mme_realworld_lite` allow 16 new tokens, which ends any imagination
 before its answer: we refuse that, unless `max_new_tokens` in the model's arguments overrules it; so
 do `*_reasoning` tasks. And stop strings (`until`) are left out, for imagination holds empty lines.
-Pictures go in front of the text of a question; sampling is greedy, whatever a task says.
+Pictures go in front of the text of a question; sampling is greedy, whatever a task says, and a run
+is one process.
 """
 
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from examples.capimagine.benchmark_layouts import Question
+from examples.capimagine.chains import open_picture
 from examples.capimagine.evaluate import LATENT_DO, TEXT_DO, new_tokens, open_model
 from examples.capimagine.harness import Given, given, replies
 from imaginelens.hooks.errors import InputError
@@ -66,7 +72,7 @@ def adapter() -> type:
             batch_size: int | str = 1,
             max_new_tokens: int | str | None = None,
             references: int | str = 32,
-            **others: Any,
+            max_batch_size: Any = None,  # lmms-eval always gives one
         ) -> None:
             super().__init__()
             if do not in ("none", *LATENT_DO, *TEXT_DO):
@@ -133,8 +139,13 @@ def _content(messages: Sequence[dict[str, Any]]) -> tuple[str, list[Any]]:
     other = {part["type"] for part in parts} - {"text", "image"}
     if other:
         raise InputError(f"a question shows {', '.join(sorted(other))}; only images are taken")
-    pictures = [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
+    pictures = [_picture(part["url"]) for part in parts if part["type"] == "image"]
     return "\n".join(part["text"] for part in parts if part["type"] == "text"), pictures
+
+
+def _picture(given: Any) -> Any:
+    """A picture as a task gives it: opened, or the path of a file."""
+    return open_picture(Path(given)) if isinstance(given, str) else given.convert("RGB")
 
 
 def __getattr__(name: str) -> Any:

@@ -143,6 +143,6 @@ class Ledger:
 def _entry(line: bytes) -> Entry | None:
     try:
         entry = Entry(**json.loads(line))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return entry if isinstance(entry.key, str) and isinstance(entry.text, str) else None

@@ -7,21 +7,23 @@ asked for, or leads to the same answer, leaves its example as it is: it counts a
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from examples.capimagine import replies
 from examples.capimagine.arms import Item, Rewriters
 from examples.capimagine.asking import Asking
 from examples.capimagine.backends import OpenAI, Request, Rewriter, Sampling, prompt
-from examples.capimagine.client import load_client
 from examples.capimagine.ledger import Ledger
 from examples.capimagine.matcher import LETTERS, match, same
 from examples.capimagine.refused import Refusal
-from examples.capimagine.replies import MARKERS, BadReply, parsed
+from examples.capimagine.replies import BadReply
 
 AT_ONCE = 16  # requests under way
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Rewriting:
             {"question": item.question.text, "captions": list(said)}
             for item, said in zip(items, captions, strict=True)
         ]
-        replies = self._asked("paraphrase.v1", fields, items)
-        return [_captions(reply, len(said)) for reply, said in zip(replies, captions, strict=True)]
+        read = [partial(replies.captions, count=len(said)) for said in captions]
+        told = asyncio.run(self._asked("paraphrase.v1", fields, items, read))
+        return [None if new is None else tuple(new) for new in told]
 
     def wrong(
         self,
@@ -63,44 +66,44 @@ class Rewriting:
             {"question": item.question.text, "answer": answer, "captions": list(said)}
             for item, said, answer in zip(items, captions, own, strict=True)
         ]
+        read = [
+            partial(replies.misled, before=said, answer=answer)
+            for said, answer in zip(captions, own, strict=True)
+        ]
         found: list[tuple[tuple[str, ...] | None, str | None]] = []
-        replies = self._asked("wrong.v1", fields, items)
-        for item, said, answer, reply in zip(items, captions, own, replies, strict=True):
-            new = _captions(reply, len(said))
-            aim = None if reply is None else _aim(item, str(reply.get("conclusion", "")))
-            if new is None or aim is None or same(in_words(item, aim), answer):
+        told = asyncio.run(self._asked("wrong.v1", fields, items, read))
+        for item, answer, reply in zip(items, own, told, strict=True):
+            aim = None if reply is None else _aim(item, reply[1])
+            if reply is None or aim is None or same(in_words(item, aim), answer):
                 found.append((None, None))
             else:
-                found.append((new, aim))
+                found.append((tuple(reply[0]), aim))
         return found
 
-    def _asked(
-        self, name: str, fields: Sequence[Mapping[str, Any]], items: Sequence[Item]
-    ) -> list[dict[str, Any] | None]:
-        return asyncio.run(self._all(name, fields, items))
-
-    async def _all(
-        self, name: str, fields: Sequence[Mapping[str, Any]], items: Sequence[Item]
-    ) -> list[dict[str, Any] | None]:
+    async def _asked(
+        self,
+        name: str,
+        fields: Sequence[Mapping[str, Any]],
+        items: Sequence[Item],
+        read: Sequence[Callable[[str], T]],
+    ) -> list[T | None]:
+        """What is read from each reply; None where nothing was imagined, or nothing can be read."""
         backend: Rewriter = self.make()
         asking = Asking(self.ledger, backend, self.model, sampling=self.sampling)
         room = asyncio.Semaphore(AT_ONCE)
 
-        async def one(about: Mapping[str, Any], item: Item) -> dict[str, Any] | None:
+        async def one(about: Mapping[str, Any], item: Item, read: Callable[[str], T]) -> T | None:
             if not about["captions"]:
-                return None  # nothing was imagined
+                return None
             async with room:
                 request = Request(prompt=prompt(name), fields=about)
                 try:
-                    return parsed(await asking.ask(request, stage=name, id=item.question.id))
+                    return read(await asking.ask(request, stage=name, id=item.question.id))
                 except (BadReply, Refusal):
                     return None
 
-        calls: list[Coroutine[Any, Any, dict[str, Any] | None]] = [
-            one(about, item) for about, item in zip(fields, items, strict=True)
-        ]
         try:
-            return list(await asyncio.gather(*calls))
+            return list(await asyncio.gather(*map(one, fields, items, read)))
         finally:
             if close := getattr(backend, "close", None):
                 await close()
@@ -108,7 +111,6 @@ class Rewriting:
 
 def asked(url: str, model: str, ledger: Path, *, api_key: str = "EMPTY") -> Rewriters:
     """Rewriters behind an OpenAI-compatible endpoint."""
-    load_client()
     sampling = Sampling()
     rewriting = Rewriting(
         lambda: OpenAI(url, model, api_key=api_key, sampling=sampling),
@@ -125,16 +127,6 @@ def in_words(item: Item, answer: str | None) -> str:
     if answer is None or not options:
         return answer or ""
     return options[LETTERS.index(answer)]
-
-
-def _captions(reply: Mapping[str, Any] | None, n: int) -> tuple[str, ...] | None:
-    """The captions of a reply, if they are as many as there were, and nothing but words."""
-    said = None if reply is None else reply.get("captions")
-    if not isinstance(said, list) or len(said) != n:
-        return None
-    if not all(isinstance(one, str) and one.strip() for one in said):
-        return None
-    return None if any(MARKERS.search(one) for one in said) else tuple(said)
 
 
 def _aim(item: Item, conclusion: str) -> str | None:

@@ -60,25 +60,22 @@ def caption(text: str) -> str:
     return _caption(parsed(text).get("caption"))
 
 
-def chain(text: str, *, captions: int, answer: str) -> tuple[list[str], list[str]]:
+def chain(text: str, *, count: int, answer: str) -> tuple[list[str], list[str]]:
     r"""The texts and captions of a whole chain; it must still end in its answer.
 
-    >>> chain(r'{"texts": ["", "\\boxed{red}"], "captions": ["a red cube"]}', captions=1,
+    >>> chain(r'{"texts": ["", "\\boxed{red}"], "captions": ["a red cube"]}', count=1,
     ...       answer="red")
     (['', '\\boxed{red}'], ['a red cube'])
     """
-    found = parsed(text)
-    texts, said = found.get("texts"), found.get("captions")
-    if not isinstance(said, list) or len(said) != captions:
-        raise BadReply("wrong count", f"`captions` must be a list of {captions}.")
-    if not isinstance(texts, list) or len(texts) != captions + 1:
-        raise BadReply("wrong count", f"`texts` must be a list of {captions + 1}.")
+    said, texts = captions(text, count=count), parsed(text).get("texts")
+    if not isinstance(texts, list) or len(texts) != count + 1:
+        raise BadReply("wrong count", f"`texts` must be a list of {count + 1}.")
     texts = [_text(one, "A text", LONGEST_TEXT) for one in texts]
     if answer not in (boxed(texts[-1]), texts[-1].strip()):
         raise BadReply(
             "answer changed", f"The last text must end with \\boxed{{{answer}}}, unchanged."
         )
-    return texts, [_caption(one) for one in said]
+    return texts, said
 
 
 def verdict(text: str) -> Verdict:
@@ -96,15 +93,28 @@ def verdict(text: str) -> Verdict:
     )
 
 
-def misled(text: str, *, captions: Sequence[str], answer: str) -> tuple[list[str], str]:
-    """Captions that lead to a wrong answer, and that answer."""
-    found = parsed(text)
-    said, wrong = found.get("captions"), found.get("conclusion")
-    if not isinstance(said, list) or len(said) != len(captions):
-        raise BadReply("wrong count", f"`captions` must be a list of {len(captions)}.")
-    changed = [_caption(one) for one in said]
-    wrong = _text(wrong, "`conclusion`", LONGEST_CAPTION)
-    if changed == list(captions):
+def captions(text: str, *, count: int) -> list[str]:
+    """So many captions.
+
+    >>> captions('{"captions": ["a red cube"]}', count=1)
+    ['a red cube']
+    """
+    said = parsed(text).get("captions")
+    if not isinstance(said, list) or len(said) != count:
+        raise BadReply("wrong count", f"`captions` must be a list of {count}.")
+    return [_caption(one) for one in said]
+
+
+def misled(text: str, *, before: Sequence[str], answer: str) -> tuple[list[str], str]:
+    """Captions that lead to a wrong answer, and that answer.
+
+    >>> misled('{"captions": ["a blue cube"], "conclusion": "blue"}', before=["a red cube"],
+    ...        answer="red")
+    (['a blue cube'], 'blue')
+    """
+    changed = captions(text, count=len(before))
+    wrong = _text(parsed(text).get("conclusion"), "`conclusion`", LONGEST_CAPTION)
+    if changed == list(before):
         raise BadReply("unchanged", "The captions are as they were.")
     if not wrong or wrong.casefold() == answer.casefold():
         raise BadReply("not wrong", f"`conclusion` must be another answer than {answer!r}.")

@@ -202,7 +202,7 @@ class Rewriting:
             Request(prompt=self.settings.prompts()["refine"], fields=fields),
             "refine",
             chain.id,
-            lambda text: replies.chain(text, captions=len(captions), answer=chain.answer),
+            lambda text: replies.chain(text, count=len(captions), answer=chain.answer),
         )
 
     def _judgement(self, outcome: Outcome) -> Request:
@@ -324,19 +324,6 @@ def composed(outcome: Outcome, settings: Settings) -> Chain:
     lines = [line for pair in zip(texts, [*imagined, ""], strict=True) for line in pair if line]
     system = chain.system if settings.system is None else settings.system
     return replace(chain, reply=("\n".join(lines),), system=system)
-
-
-def mislead(
-    chain_id: str, question: str, captions: Sequence[str], answer: str, *, version: str = "v1"
-) -> tuple[Request, Callable[[str], tuple[list[str], str]]]:
-    """Ask for captions that lead to a wrong answer, as the paper does to measure text's effect.
-
-    Gives the request, and what reads its reply (changed captions, wrong answer) or raises
-    `BadReply`. Send it through `Asking.ask`, so that it is paid for once.
-    """
-    fields = {"question": question, "captions": list(captions), "answer": answer}
-    request = Request(prompt=prompt(f"wrong.{version}"), fields=fields)
-    return request, lambda text: replies.misled(text, captions=captions, answer=answer)
 
 
 # -- the command line ------------------------------------------------------------------------------

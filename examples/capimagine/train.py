@@ -280,6 +280,7 @@ class Answering:
         """How many of this process's share of the rows the model answers rightly, greedily."""
         tokenizer = self.collator.processor.tokenizer
         find = FAMILIES["capimagine"].answer
+        assert find is not None
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=self.new_tokens,

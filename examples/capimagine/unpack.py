@@ -1,8 +1,10 @@
 """Unpack a zip of pictures that someone else made, trusting nothing in it."""
 
+import lzma
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +12,9 @@ from pathlib import Path, PurePosixPath
 from examples.capimagine.refused import Refused
 
 CHUNK = 1 << 20
+# what `zipfile` raises of bytes that are none; RuntimeError: also of ways to pack that it knows not
+_DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, RuntimeError, ValueError)
+_DAMAGED += (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +49,9 @@ def unpack(source: Path, target: Path, limits: Limits | None = None) -> list[Ref
             for member, name in _fit(packed, limits, refused):
                 try:
                     _write(packed, member, target / name)
-                except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError) as error:
+                except _DAMAGED as error:
                     refused.append(_bad(member.filename, "damaged", f"cannot be read: {error}"))
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except _DAMAGED as error:
         refused.append(Refused(f"zip:{source.name}", f"the zip cannot be read: {error}", "zip"))
     return refused
 

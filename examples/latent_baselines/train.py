@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, default=2, help="latents of a span")
     parser.add_argument("--subset", action="append", help="only chains of this subset; repeatable")
+    parser.add_argument("--like", type=Path, help="only chains that are also in this file")
     parser.add_argument("--updates", type=int, default=default.updates)
     parser.add_argument("--batch", type=int, default=default.batch)
     parser.add_argument("--accumulate", type=int, default=default.accumulate)
@@ -267,6 +268,9 @@ def main() -> None:
 
 def _obey(args: argparse.Namespace) -> None:
     chains = [c for c in files.load(args.chains) if not args.subset or c.subset in args.subset]
+    if args.like:
+        kept = {chain.id for chain in files.load(args.like)}
+        chains = [chain for chain in chains if chain.id in kept]
     held: Sequence[files.Chain] = files.load(args.held) if args.held else ()
     if args.audit and not held:
         chains, held = held_out(chains)

@@ -78,8 +78,9 @@ class Config:
     def family(self) -> il.LatentSpec | il.TextSpec:
         """The family, with the config's number of steps."""
         spec = il.FAMILIES[self.model["family"]]
+        assert isinstance(spec, il.LatentSpec | il.TextSpec)  # of all exhibits' families
         steps = self.model["steps"]
-        return spec.with_steps(steps) if steps else spec  # type: ignore[no-any-return, union-attr]
+        return spec.with_steps(steps) if steps and isinstance(spec, il.LatentSpec) else spec
 
     @property
     def heading(self) -> str:
@@ -129,12 +130,15 @@ class Config:
                 settings, tau=tuple(self.do_z["tau"]), sigma=tuple(self.do_z["sigma"]),
                 mu=tuple(self.do_z["mu"]), draws=self.do_z["draws"],
             )  # fmt: skip
+        rewriter = None
+        if self.rewriter:
+            rewriter = Rewriter(self.rewriter["url"], self.rewriter["model"])
         folders = {name: Path(path) for name, path in self.data.items() if name != QUESTIONS}
         questions = self.data.get(QUESTIONS)
         return Subject(
             name=self.name, heading=self.heading, lens=lens, settings=settings, data=folders,
             questions=None if questions is None else Path(questions),
-            rewriter=Rewriter(**self.rewriter) if self.rewriter else None,
+            rewriter=rewriter,
         )  # fmt: skip
 
 

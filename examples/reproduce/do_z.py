@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import imaginelens as il
-from examples.reproduce.exhibit import Cell, Measured, Number, of
+from examples.reproduce.exhibit import Cell, Measured, of, percent
 from examples.reproduce.subjects import Subject
 from imaginelens.hooks.edits import Act, Edit, EditContext
 from imaginelens.hooks.states import Donor
@@ -119,7 +119,7 @@ def table(subject: Subject, *, benchmark: str, n: int, seed: int) -> il.Necessit
 def cells(subject: Subject, found: il.Necessity) -> dict[str, Cell]:
     """A column of the table in percent: the accuracy, and its change with a 95% interval."""
     before = found.rows[0].before
-    made: dict[str, Cell] = {NONE: Number(100 * _mean(before), n=len(before))}
+    made: dict[str, Cell] = {NONE: percent(before)}
     for row, effect in zip(edits_of(subject), found.rows, strict=False):
         if not measurable(effect):
             made[row] = "too few answers found"

@@ -183,4 +183,4 @@ class Exhibit:
 
 
 def _short(value: float) -> str:
-    return f"{round(value, 1):g}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+    return f"{round(value, 1 if abs(value) >= 1 else 3):g}"

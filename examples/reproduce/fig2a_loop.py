@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from examples.reproduce.exhibit import Arms, Cell, Exhibit, Measured, Number, percent
 from examples.reproduce.subjects import Subject
 
-EMIT, STEPS = "examples that emit latents, %", "latents of these"
+EMIT, STEPS = "examples that emit latents, %", "latents of an example that feeds any"
 RANGE, ENDS = "fewest to most", "end"
 SETS = ("vstar", "hrbench4k", "mme-realworld-lite", "vsp")
 

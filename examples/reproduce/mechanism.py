@@ -21,7 +21,15 @@ def measure(subject: Subject, *, n: int, seed: int) -> Measured:
 
 def compare(found: Mapping[str, Measured]) -> list[str]:
     """The mechanism of each."""
-    return [f"{name}: {one.facts['winner']}" for name, one in found.items()]
+    means = {
+        "content": "holds the answer itself (content)",
+        "pointer": "names a card, which is looked up in the picture (pointer)",
+        "ignored": "is not read (ignored)",
+    }
+    return [
+        f"{name}: what is imagined {means.get(one.facts['winner'], one.facts['winner'])}"
+        for name, one in found.items()
+    ]
 
 
 EXHIBIT = Exhibit(

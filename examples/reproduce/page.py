@@ -1,14 +1,16 @@
 """All exhibits as one HTML file that needs nothing else: no script, no network, no second file."""
 
+import re
 from collections.abc import Mapping
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 
-from examples.reproduce.exhibit import TRUST, Exhibit
+from examples.reproduce.exhibit import TRUST, Drawing, Exhibit
 from examples.reproduce.grid import NOTHING, grid, sections
 from examples.reproduce.registry import CRITIQUE, EXHIBITS, NOT_KNOWN
 from examples.reproduce.store import Kept
-from imaginelens.view.markup import Markup, element
+from imaginelens.view.markup import Markup, element, join
 from imaginelens.view.tables import scrollable
 
 TITLE = "The figures and tables of arXiv 2602.22766, one by one"
@@ -26,22 +28,36 @@ _STYLE = """
 .exhibit > * + * { margin-top: 16px; }
 .exhibit h2 { font-size: 21px; line-height: 1.3; }
 .exhibit .covers { color: var(--latent); font: 600 12.5px/1.4 var(--mono); }
-.exhibit figure img { max-width: 100%; background: #fff; border-radius: 8px; }
+.figures { display: flex; flex-wrap: wrap; gap: 24px; }
+.exhibit figure { flex: 0 1 auto; max-width: 100%; }
+.exhibit figure.small { max-width: min(100%, 510px); }
+.exhibit figcaption { margin: 0 0 6px; font-weight: 620; overflow-wrap: anywhere; }
+.exhibit figure img { display: block; max-width: 100%; background: #fff; border-radius: 8px; }
 .exhibit .asks { color: var(--muted); font-size: 17px; }
 .exhibit table, .contents table { border-collapse: collapse; font-size: 13.5px; }
 .exhibit th, .exhibit td, .contents th, .contents td { text-align: left; vertical-align: top;
-  padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); white-space: normal; }
-.exhibit thead th { min-width: 15ch; max-width: 26ch; font-weight: 640; line-height: 1.3; }
-.exhibit tbody th { min-width: 22ch; max-width: 40ch; font-weight: 400; }
+  padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); white-space: normal; }
+.exhibit table { border-collapse: separate; border-spacing: 0; }
+.exhibit tr > * { border-top: 0; }
+.exhibit thead th { min-width: 12ch; max-width: 26ch; font-weight: 640; line-height: 1.3; }
+.exhibit tr > th:first-child { position: sticky; left: 0; background: var(--card); }
+.exhibit tbody th { min-width: 20ch; max-width: 40ch; font-weight: 400; }
 .exhibit td { min-width: 11ch; max-width: 34ch; }
+.contents tbody th { font: 600 13.5px/1.4 var(--sans); }
 .exhibit .paper { background: var(--soft); padding-left: 10px; }
 .exhibit .first { border-left: 2px solid var(--latent); padding-left: 12px; }
 .exhibit ul, .contents ul { list-style: disc; padding-left: 20px; font-size: 14px; }
 .exhibit li, .contents li { overflow-wrap: anywhere; }
 .exhibit .found li { font-weight: 620; }
 .exhibit h3 { margin-bottom: 4px; }
-.contents a { color: var(--latent); }
+.exhibit a, .contents a { color: var(--latent); }
 .exhibit summary { cursor: pointer; font-weight: 640; font-size: 13.5px; }
+.contents h3 { margin: 14px 0 4px; }
+code { font: 0.93em var(--mono); }
+@media (max-width: 640px) {
+  .exhibit { padding: 18px 16px; }
+  .exhibit thead th:first-child, .exhibit tbody th { min-width: 12ch; max-width: 15ch; }
+}
 """
 
 
@@ -89,14 +105,15 @@ def _contents(found: Mapping[str, Mapping[str, Kept]]) -> Markup:
     for one in EXHIBITS.values():
         kept = found.get(one.name, {})
         told = one.compare({name: k.measured for name, k in kept.items()})
-        state = f"measured on {len(kept)}" if kept else "stated"
+        state = f"measured on {len(kept)}" if kept else "the paper's numbers only"
+        told = told or ((one.stated,) if one.stated else ())
         rows.append(
             element(
                 "tr",
                 element("th", element("a", one.title, href=f"#{one.name}"), scope="row"),
                 element("td", ", ".join(one.covers) or "beyond the paper"),
                 element("td", state),
-                element("td", *(element("div", line) for line in told)),
+                element("td", *(element("div", _words(line)) for line in told)),
             )
         )
     heads = ("exhibit", "of the paper", "here", "found here")
@@ -106,6 +123,7 @@ def _contents(found: Mapping[str, Mapping[str, Kept]]) -> Markup:
         element("h2", "In short"),
         scrollable(head, element("tbody", *rows), label="all exhibits"),
         element("p", NOT_KNOWN, class_="note"),
+        element("h3", "Where the paper's numbers are from"),
         element(
             "ul", *(element("li", f"[{tag}] {said}") for tag, said in TRUST.items()), class_="note"
         ),
@@ -116,28 +134,41 @@ def _contents(found: Mapping[str, Mapping[str, Kept]]) -> Markup:
 def _exhibit(one: Exhibit, found: Mapping[str, Kept]) -> Markup:
     covers = ", ".join(one.covers) or "beyond the paper"
     trust = f" · the paper's numbers: [{one.trust}]" if one.paper else ""
-    figures = [
-        element(
-            "figure",
-            element("img", src=Markup(drawing.source), alt=drawing.alt),
-            element("figcaption", f"{kept.heading}: {drawing.caption}"),
-        )
-        for kept in found.values()
-        for drawing in kept.measured.figures
-    ]
+    drawn = [[_figure(kept, d) for d in kept.measured.figures] for kept in found.values()]
+    figures = [figure for alike in zip_longest(*drawn) for figure in alike if figure]
     return element(
         "section",
         element("p", f"{one.name} · {covers}{trust}", class_="covers"),
         element("h2", one.title),
-        element("p", one.asks, class_="asks"),
+        element("p", _words(one.asks), class_="asks"),
         element("p", f"Ours: {one.unit}.", class_="note") if one.unit and found else None,
         _table(one, found),
         *(_section(name, told) for name, told in sections(one, found) if name not in _FOLDED),
-        *figures,
+        element("div", *figures, class_="figures") if figures else None,
         *(_folded(name, told) for name, told in sections(one, found) if name in _FOLDED),
         class_="exhibit",
         id=one.name,
     )
+
+
+def _figure(kept: Kept, drawing: Drawing) -> Markup:
+    """A drawing below its caption; one that is narrow may have another one beside it."""
+    width = re.search(r"<svg[^>]*? width=\"([\d.]+)", drawing.svg)
+    return element(
+        "figure",
+        element("figcaption", f"{kept.heading}: {drawing.caption}"),
+        element("img", src=Markup(drawing.source), alt=drawing.alt),
+        class_="small" if width and float(width[1]) < 600 else None,
+    )
+
+
+def _words(line: str) -> Markup:
+    """A line with what stands between backticks as code, and an exhibit's name as a link to it."""
+    parts = list[str]()
+    for k, part in enumerate(re.split(r"`(\w+)`", line)):
+        code = element("code", part) if k % 2 else part
+        parts.append(element("a", code, href=f"#{part}") if k % 2 and part in EXHIBITS else code)
+    return join(parts)
 
 
 def _table(one: Exhibit, found: Mapping[str, Kept]) -> Markup | None:
@@ -168,7 +199,7 @@ def _table(one: Exhibit, found: Mapping[str, Kept]) -> Markup | None:
 
 
 def _section(name: str, told: tuple[str, ...]) -> Markup:
-    lines = element("ul", *(element("li", line) for line in told))
+    lines = element("ul", *(element("li", _words(line)) for line in told))
     return element(
         "div", element("h3", name), lines, class_="found" if name == "Found here" else None
     )
@@ -178,7 +209,7 @@ def _folded(name: str, told: tuple[str, ...]) -> Markup:
     return element(
         "details",
         element("summary", f"{name} ({len(told)})"),
-        element("ul", *(element("li", line) for line in told)),
+        element("ul", *(element("li", _words(line)) for line in told)),
     )
 
 

@@ -29,8 +29,8 @@ EXHIBITS: dict[str, Exhibit] = {module.EXHIBIT.name: module.EXHIBIT for module i
 
 # What no source at hand describes: neither is left out silently.
 NOT_KNOWN = (
-    "Figure 1 and table 2 are described by no source that was at hand when this was written; the "
-    "numbers of the tables of TableVQA and of the ablations in the paper are not known either."
+    "Figure 1 and table 2 are described by no source that was at hand when this was written, nor "
+    "is it known how the paper numbers its tables of TableVQA and of the ablations."
 )
 # The points of the critique that the exhibits answer.
 CRITIQUE = {

@@ -4,6 +4,8 @@ The paper takes Qwen3-32B and does not publish its prompt; this one is ours.
 """
 
 import json
+import os
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
@@ -21,7 +23,10 @@ only what decides the answer. Reply with the rewritten text alone.
 
 @dataclass(frozen=True)
 class Rewriter:
-    """Asks `model` at `url`, such as "http://localhost:8000/v1" of a vLLM server."""
+    """Asks `model` at `url`, such as "http://localhost:8000/v1" of a vLLM server.
+
+    The key, where one is wanted, is taken from OPENAI_API_KEY.
+    """
 
     url: str
     model: str
@@ -42,10 +47,14 @@ class Rewriter:
             f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )  # fmt: skip
+        if key := os.environ.get("OPENAI_API_KEY"):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                 said = json.load(reply)["choices"][0]["message"]["content"]
         except (OSError, ValueError, KeyError, IndexError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             raise InputError(
                 f"the rewriter at {self.url!r} gave no text ({type(error).__name__}: {error}); "
                 "start a server there that speaks like OpenAI's"

@@ -9,7 +9,7 @@ from typing import Any
 from examples.reproduce.exhibit import Cell, Columns, Drawing, Measured, Number
 from imaginelens.hooks.errors import InputError
 
-FORM = 1  # of what is kept; another one is measured again
+FORM = 2  # of what is kept; another one is measured again
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,11 @@ EXHIBIT = Exhibit(
     asks="Does the answer follow the imagined words when they are rewritten to mislead?",
     paper={
         "paper, CapImagine-7B on V*": {WHOLE: 85.9, WRONG: 22.5, "change, points": -63.4},
-        "on V* attributes": {WHOLE: 87.8, WRONG: 20.0, "change, points": -67.8},
-        "on V* spatial": {WHOLE: 82.9, WRONG: 26.3, "change, points": -56.6},
+        "paper, on V* attributes": {WHOLE: 87.8, WRONG: 20.0, "change, points": -67.8},
+        "paper, on V* spatial": {WHOLE: 82.9, WRONG: 26.3, "change, points": -56.6},
         "paper, CapImagine-7B on HR-Bench-4K": {WHOLE: 74.1, WRONG: 24.0, "change, points": -50.1},
-        "on HR-Bench-4K FSP": {WHOLE: 88.5, WRONG: 20.0, "change, points": -68.5},
-        "on HR-Bench-4K FCP": {WHOLE: 59.8, WRONG: 28.0, "change, points": -31.8},
+        "paper, on HR-Bench-4K FSP": {WHOLE: 88.5, WRONG: 20.0, "change, points": -68.5},
+        "paper, on HR-Bench-4K FCP": {WHOLE: 59.8, WRONG: 28.0, "change, points": -31.8},
     },
     reports=("answers are removed, Qwen3-32B rewrites the imagination so that it leads to an "
              "incorrect conclusion, and the model completes the corrupted trace",),

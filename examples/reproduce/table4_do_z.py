@@ -8,7 +8,7 @@ from examples.reproduce.subjects import Subject
 
 LATENT = ("latent-content", "latent-pointer", "latent-ignored", "latent-ignored-aligned")
 CANNOT = (
-    "do(Z) cannot tell a pointer from content: it only says whether answers need *some* latent. "
+    "do(Z) cannot tell a pointer from content: it only says whether answers need a latent at all. "
     "latent-content, whose latents carry the answer, and latent-pointer, whose latents carry the "
     "name of a card that is looked up in the picture, lose alike here; the exhibit `mechanism` "
     "tells them apart"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import imaginelens as il
 from examples.reproduce.exhibit import Arms, Cell, Drawing, Exhibit, Measured
 from examples.reproduce.subjects import Subject
+from imaginelens.estimates import Estimate
 from imaginelens.mediation.map_axes import name_of
 
 SETS = ("vstar", "hrbench4k", "vsp")
@@ -21,13 +22,18 @@ def measure(subject: Subject, *, n: int, seed: int) -> Measured:
     column: dict[str, Cell] = {}
     for cell, estimate in zip(found.cells, found.estimates, strict=True):
         if estimate is not None:
-            ends = estimate.ci()
-            column[name_of(cell)] = f"{estimate.value:.2f} [{ends.low:.2f}, {ends.high:.2f}]"
+            column[name_of(cell)] = _logits(estimate)
     known = [(c, e) for c, e in zip(found.cells, found.estimates, strict=True) if e is not None]
     cell, most = max(known, key=lambda one: abs(one[1].value))
-    top = f"{most.value:.2f} logits {most.ci()} at {name_of(cell)}"
+    top = f"{_logits(most)} logits at {name_of(cell)}"
     drawn = Drawing.of(found.plot(), "map", "effect on the logits of the answer, by layer and step")
     return Measured({"": column}, (f"{len(found)} cells, on {name}",), (drawn,), {"top": top})
+
+
+def _logits(estimate: Estimate) -> str:
+    ends = estimate.ci()
+    value, low, high = (round(v, 2) + 0.0 for v in (estimate.value, ends.low, ends.high))  # no -0
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def compare(found: Mapping[str, Measured]) -> list[str]:

@@ -34,6 +34,7 @@ _HOME = {
         "EditContext",
         "EditTouchedNothing",
         "FAMILIES",
+        "Features",
         "FirstRepeat",
         "Force",
         "Forget",
@@ -43,10 +44,13 @@ _HOME = {
         "InputEdit",
         "InputError",
         "Insertion",
+        "Intervention",
+        "Interventions",
         "Knockout",
         "Landing",
         "LatentModel",
         "LatentSpec",
+        "Latents",
         "Mean",
         "Metric",
         "Mixture",
@@ -89,10 +93,13 @@ _HOME = {
         "base_answer",
         "before_answer",
         "deciding",
+        "features",
         "flip",
         "format",
+        "from_pyvene",
         "generated",
         "get_act_name",
+        "hub_origin",
         "image",
         "imagination",
         "inserted",
@@ -110,11 +117,13 @@ _HOME = {
         "source_answer",
         "span",
         "text",
+        "to_pyvene",
         "video",
     ),
     "imaginelens.mediation": (
         "Agreement",
         "Attribution",
+        "CaptumForward",
         "Cell",
         "Dependence",
         "EffectMap",
@@ -130,6 +139,8 @@ _HOME = {
         "Sufficiency",
         "attention_knockout",
         "attribute",
+        "attribution_graph",
+        "captum_forward",
         "causal_trace",
         "counterfactuals",
         "faithfulness_curve",
@@ -138,6 +149,7 @@ _HOME = {
         "interventional",
         "necessity",
         "path_patch",
+        "save_graph",
         "selectivity",
         "step_influence",
         "sufficiency",
@@ -169,6 +181,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks import Edit as Edit
     from imaginelens.hooks import EditContext as EditContext
     from imaginelens.hooks import EditTouchedNothing as EditTouchedNothing
+    from imaginelens.hooks import Features as Features
     from imaginelens.hooks import FirstRepeat as FirstRepeat
     from imaginelens.hooks import Force as Force
     from imaginelens.hooks import Forget as Forget
@@ -178,9 +191,12 @@ if TYPE_CHECKING:
     from imaginelens.hooks import InputEdit as InputEdit
     from imaginelens.hooks import InputError as InputError
     from imaginelens.hooks import Insertion as Insertion
+    from imaginelens.hooks import Intervention as Intervention
+    from imaginelens.hooks import Interventions as Interventions
     from imaginelens.hooks import Knockout as Knockout
     from imaginelens.hooks import Landing as Landing
     from imaginelens.hooks import LatentModel as LatentModel
+    from imaginelens.hooks import Latents as Latents
     from imaginelens.hooks import LatentSpec as LatentSpec
     from imaginelens.hooks import Mean as Mean
     from imaginelens.hooks import Metric as Metric
@@ -224,10 +240,13 @@ if TYPE_CHECKING:
     from imaginelens.hooks import base_answer as base_answer
     from imaginelens.hooks import before_answer as before_answer
     from imaginelens.hooks import deciding as deciding
+    from imaginelens.hooks import features as features
     from imaginelens.hooks import flip as flip
     from imaginelens.hooks import format as format
+    from imaginelens.hooks import from_pyvene as from_pyvene
     from imaginelens.hooks import generated as generated
     from imaginelens.hooks import get_act_name as get_act_name
+    from imaginelens.hooks import hub_origin as hub_origin
     from imaginelens.hooks import image as image
     from imaginelens.hooks import imagination as imagination
     from imaginelens.hooks import inserted as inserted
@@ -245,9 +264,11 @@ if TYPE_CHECKING:
     from imaginelens.hooks import source_answer as source_answer
     from imaginelens.hooks import span as span
     from imaginelens.hooks import text as text
+    from imaginelens.hooks import to_pyvene as to_pyvene
     from imaginelens.hooks import video as video
     from imaginelens.mediation import Agreement as Agreement
     from imaginelens.mediation import Attribution as Attribution
+    from imaginelens.mediation import CaptumForward as CaptumForward
     from imaginelens.mediation import Cell as Cell
     from imaginelens.mediation import Dependence as Dependence
     from imaginelens.mediation import EffectMap as EffectMap
@@ -263,6 +284,8 @@ if TYPE_CHECKING:
     from imaginelens.mediation import Sufficiency as Sufficiency
     from imaginelens.mediation import attention_knockout as attention_knockout
     from imaginelens.mediation import attribute as attribute
+    from imaginelens.mediation import attribution_graph as attribution_graph
+    from imaginelens.mediation import captum_forward as captum_forward
     from imaginelens.mediation import causal_trace as causal_trace
     from imaginelens.mediation import counterfactuals as counterfactuals
     from imaginelens.mediation import faithfulness_curve as faithfulness_curve
@@ -271,6 +294,7 @@ if TYPE_CHECKING:
     from imaginelens.mediation import interventional as interventional
     from imaginelens.mediation import necessity as necessity
     from imaginelens.mediation import path_patch as path_patch
+    from imaginelens.mediation import save_graph as save_graph
     from imaginelens.mediation import selectivity as selectivity
     from imaginelens.mediation import step_influence as step_influence
     from imaginelens.mediation import sufficiency as sufficiency

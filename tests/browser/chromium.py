@@ -17,17 +17,18 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 60.0  # until a browser that says nothing has failed
 OWN = ("file:", "data:", "blob:", "about:")
+HERE = "127.0.0.1"  # the one address that can be reached
 # Of each key what it types and its number, which a select and a button listen to.
 KEYS = {
     "Tab": ("", 9), "Enter": ("\r", 13), "Escape": ("", 27), " ": (" ", 32), "End": ("", 35),
     "Home": ("", 36), "ArrowLeft": ("", 37), "ArrowUp": ("", 38), "ArrowRight": ("", 39),
-    "ArrowDown": ("", 40),
+    "ArrowDown": ("", 40), "s": ("s", 83),
 }  # fmt: skip
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--no-first-run", "--no-default-browser-check", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--remote-debugging-pipe",
+    "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
+    f"--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE {HERE}",
 )  # fmt: skip
 Event = dict[str, Any]
 
@@ -46,7 +47,7 @@ def executable(find: Callable[[str], str | None] = shutil.which) -> str:
 
 
 class Chromium:
-    """One window of a browser without a screen and without a network.
+    """One window of a browser without a screen, and with no network but this machine's own.
 
     `folder` keeps its profile, its downloads and its log. Use it in a `with`.
     """
@@ -176,10 +177,10 @@ class Chromium:
 
     # ---- a page --------------------------------------------------------------------------------
 
-    def open(self, page: Path) -> None:
-        """Open a file, and forget what was seen of the last one."""
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address, and forget what was seen of the last one."""
         self.events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.wait("Page.loadEventFired")
 
     def size(self, width: int, height: int, *, dark: bool = False, scale: float = 1.0) -> None:
@@ -205,6 +206,19 @@ class Chromium:
             details = found["exceptionDetails"]
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
         return found["result"].get("value")
+
+    def until(self, expression: str, *, seconds: float) -> Any:
+        """The value of a JavaScript expression, as soon as there is one.
+
+        Raises:
+            TimeoutError: it stayed false, null or empty.
+        """
+        end = time.monotonic() + seconds
+        while not (found := self.evaluate(expression)):
+            if time.monotonic() > end:
+                raise TimeoutError(f"after {seconds:.0f} s there is still no {expression}")
+            time.sleep(0.05)
+        return found
 
     def drawn(self) -> None:
         """Wait until what was changed is on the screen."""
@@ -256,12 +270,12 @@ class Chromium:
         """Move there, with no button held."""
         self._mouse("mouseMoved", self._place(at))
 
-    def key(self, name: str, *, times: int = 1, shift: bool = False) -> None:
+    def key(self, name: str, *, times: int = 1, shift: bool = False, control: bool = False) -> None:
         """Press a key of `KEYS`."""
         text, code = KEYS[name]
-        key = {"key": name, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
+        key = {"key": name, "windowsVirtualKeyCode": code, "modifiers": 8 * shift + 2 * control}
         for _ in range(times):
-            typed = {"text": text} if text else {}
+            typed = {"text": text} if text and not control else {}
             self.call("Input.dispatchKeyEvent", type="keyDown", **key, **typed)
             self.call("Input.dispatchKeyEvent", type="keyUp", **key)
         self.drawn()
@@ -296,10 +310,13 @@ class Chromium:
         """What `alert` and its kind said since the page was opened."""
         return [said["message"] for said in self._said("Page.javascriptDialogOpening")]
 
-    def outside(self) -> list[str]:
-        """Addresses that were asked for, but for files and what the page made itself."""
+    def outside(self, server: str = "") -> list[str]:
+        """Addresses that were asked for, but for files, what the page made itself, and those of a
+        server such as "127.0.0.1:8888"."""
         asked = [said["request"]["url"] for said in self._said("Network.requestWillBeSent")]
-        return [address for address in asked if not address.startswith(OWN)]
+        asked += [said["url"] for said in self._said("Network.webSocketCreated")]
+        own = (*OWN, f"http://{server}/", f"ws://{server}/") if server else OWN
+        return [address for address in asked if not address.startswith(own)]
 
     def accessible(self) -> list[tuple[str, str]]:
         """Role and name of everything that assistive technology is told of, as Chromium has it."""

@@ -8,8 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `browser`, when run as a script
 
 import numpy as np
+from browser import jupyter
 from browser.chromium import Chromium
-from browser.live import LivePage, cells
+from browser.live import LivePage, cells, choose
 from PIL import Image
 
 import imaginelens as il
@@ -24,8 +25,9 @@ OF_SCALE = 41
 
 
 def main(folder: Path = IMAGES) -> None:
-    """Write explorer.png, explorer-dark.png, explorer-page.png and demo.png."""
+    """Write explorer.png, explorer-dark.png, explorer-page.png, explorer-notebook.png, demo.png."""
     explorer(folder)
+    notebook(folder)
     demo(folder)
 
 
@@ -59,6 +61,28 @@ def explorer(folder: Path) -> None:
         browser.click(cells(browser)["layer 1, position latent[0]"][1])
         _keep(browser, folder / "explorer-page.png", "body")
     widget.close()
+
+
+def notebook(folder: Path) -> None:
+    """The widget in JupyterLab, where the image's cells were measured and one was run."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        jupyter.Jupyter(Path(scratch) / "jupyter") as lab,
+        Chromium(Path(scratch) / "chromium") as browser,
+    ):
+        browser.size(1180, 1240, scale=PIXELS)
+        jupyter.explore(lab, browser)
+        choose(browser, "tab", "image cells")
+        browser.until("document.querySelector('.il-under') !== null", seconds=jupyter.SECONDS)
+        browser.until(f"/click a cell/.test({jupyter.STATUS})", seconds=jupyter.SECONDS)
+        browser.click("button[name=map]")
+        browser.until(f"/rows measured/.test({jupyter.STATUS})", seconds=jupyter.SECONDS)
+        browser.click(cells(browser)["layer 0, position image[0][2, 2]"][1])
+        browser.until(f"/, effect/.test({jupyter.STATUS})", seconds=jupyter.SECONDS)
+        browser.move((1.0, 1.0))
+        browser.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+        browser.drawn()
+        _write(browser.screenshot(), folder / "explorer-notebook.png")
 
 
 def _measure(live: LivePage, cell: str) -> None:

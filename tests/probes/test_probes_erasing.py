@@ -1,5 +1,6 @@
 """Erasing: closed forms, the published implementation, and where each method fails."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import CheckpointError, InputError
 from imaginelens.probes.erasing import Eraser, erase
 from imaginelens.probes.states import States
 
@@ -261,6 +263,45 @@ def test_saved_and_loaded_is_the_same(states: States, tmp_path: Path) -> None:
         eraser.save(tmp_path / "card")
     with pytest.raises(InputError, match=r"holds no eraser\.json"):
         Eraser.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_steps": -1}, "steps 1 to 1 of -1"),
+        ({"n_steps": 10**9}, "steps 1 to 1 of 1000000000"),
+        ({"learned_from": {}}, "no numbers"),
+        ({"learned_from": {"x": 3}}, "invalid literal"),
+        ({"learned_from": {"0": 3}}, "0.mean"),
+        ({"method": "other"}, "its method, keys or groups"),
+        ({"keys": [[]]}, "its method, keys or groups"),
+        ({"site": None}, "it has no site"),
+    ],
+)
+def test_a_changed_card_is_refused(
+    states: States, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    home = erase(states).only(1).save(tmp_path / "card")
+    card = json.loads((home / "eraser.json").read_text())
+    (home / "eraser.json").write_text(json.dumps(card | change))
+    with pytest.raises(CheckpointError, match=told):
+        Eraser.load(home)
+
+
+def test_torn_or_wrong_arrays_are_refused(states: States, tmp_path: Path) -> None:
+    home = erase(states).only(1).save(tmp_path / "card")
+    good = load_file(home / "eraser.safetensors")
+    for name, array, told in (
+        ("1.left", good["1.left"][:-1], "do not fit"),
+        ("1.mean", np.full_like(good["1.mean"], np.nan), "not finite"),
+        ("1.right", good["1.right"].astype(int), "do not fit"),
+    ):
+        save_file(good | {name: array}, home / "eraser.safetensors")
+        with pytest.raises(CheckpointError, match=told):
+            Eraser.load(home)
+    (home / "eraser.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="does not hold an eraser"):
+        Eraser.load(home)
 
 
 # --- what cannot be done --------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """A saved probe is the probe, to the last bit; what is torn, foreign or absent is told."""
 
 import json
-import shutil
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
+from local_hub import LocalHub
 from safetensors.numpy import load_file
 
 from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.hub import Origin, hub_origin
 from imaginelens.probes.estimators import kinds, probe
 from imaginelens.probes.fitting import fit_probe
 from imaginelens.probes.result import ProbeResult
@@ -159,49 +159,20 @@ def test_torn_files_are_told(results: dict[str, ProbeResult], tmp_path: Path) ->
 # ---- the Hub, without a network ----------------------------------------------------------------
 
 
-class Hub:
-    """What the Hub would hold: a folder for each repository."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.asked = root, []
-
-    def api(self, token: str | None = None):
-        hub = self
-
-        class Api:
-            def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-                hub.asked.append((repo_id, repo_type, private, exist_ok, token))
-                return f"https://huggingface.co/{repo_id}"
-
-            def upload_folder(self, *, repo_id, folder_path, commit_message):
-                hub.asked.append(commit_message)
-                shutil.copytree(folder_path, hub.root / repo_id)
-
-        return Api()
-
-    def download(self, repo_id, *, revision, allow_patterns):
-        if not (self.root / repo_id).exists():
-            raise FileNotFoundError(f"404 for {repo_id}")
-        self.asked.append((repo_id, revision, tuple(allow_patterns)))
-        return str(self.root / repo_id)
-
-
 def test_push_and_from_pretrained(
     results: dict[str, ProbeResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    hub = LocalHub(tmp_path, monkeypatch)
     address = results["lda"].push_to_hub("someone/shape-probe", private=True, token="hf_x")
     assert address == "https://huggingface.co/someone/shape-probe"
-    assert hub.asked[0] == ("someone/shape-probe", "model", True, True, "hf_x")
-    assert hub.asked[1].startswith("lda probe of shape: the last's, imaginelens ")
-    same(results["lda"], ProbeResult.from_pretrained("someone/shape-probe", revision="v1"))
-    assert hub.asked[2] == (
-        "someone/shape-probe",
-        "v1",
-        ("probe.safetensors", "probe.json", "README.md"),
-    )
+    assert hub.private["model", "someone/shape-probe"]
+    assert hub.calls[0] == ("HfApi", {"token": "hf_x"})
+    message = hub.calls[2][1]["commit_message"]
+    assert message.startswith("lda probe of shape: the last's, imaginelens ")
+    again = ProbeResult.from_pretrained("someone/shape-probe", revision=address.revision)
+    same(results["lda"], again)
+    assert hub_origin(again) == Origin("someone/shape-probe", "model", address.revision)
+    assert hub.files("someone/shape-probe") == {"probe.safetensors", "probe.json", "README.md"}
     with pytest.raises(CheckpointError, match="no folder 'someone/else', and the Hub gave none"):
         ProbeResult.from_pretrained("someone/else")
 

@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
 import transformers as hf
+from local_hub import LocalHub
 from torch import nn
 
 import imaginelens as il
 from imaginelens.estimates import EstimateError
 from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.hub import Origin, hub_origin
 from imaginelens.probes.logit_lens import logit_lens
 from imaginelens.probes.tuned_lens import TunedLens
 from imaginelens.probes.tuned_saving import CARD, WEIGHTS, WORDS
@@ -210,36 +211,15 @@ def test_the_hub_gets_and_gives_the_same_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, _, tuned = fitted
-    calls: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            calls.append(token)
-
-        def create_repo(self, repo_id: str, **options: Any) -> str:
-            calls.append((repo_id, options))
-            return f"https://huggingface.co/{repo_id}"
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
-            for path in Path(folder_path).iterdir():
-                (tmp_path / path.name).write_bytes(path.read_bytes())
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert tuned.push_to_hub("me/lens", private=True, token="t") == "https://huggingface.co/me/lens"
-    assert calls[0] == "t"
-    assert calls[1][1] == {"repo_type": "model", "private": True, "exist_ok": True}
-
-    def download(name: str, **options: Any) -> str:
-        assert (name, options["revision"]) == ("me/lens", "v1")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert_equal(TunedLens.from_pretrained("me/lens", revision="v1"), tuned)
-
-    def nothing(name: str, **options: Any) -> str:
-        raise OSError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    hub = LocalHub(tmp_path, monkeypatch)
+    address = tuned.push_to_hub("me/lens", private=True, token="t")
+    assert address == "https://huggingface.co/me/lens"
+    assert hub.calls[0] == ("HfApi", {"token": "t"})
+    assert hub.private["model", "me/lens"]
+    again = TunedLens.from_pretrained("me/lens", revision=address.revision)
+    assert_equal(again, tuned)
+    assert hub_origin(again) == Origin("me/lens", "model", address.revision)
+    hub.offline = True
     with pytest.raises(CheckpointError, match="the Hub gave none of that name"):
         TunedLens.from_pretrained("me/none")
 

@@ -116,7 +116,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     chains = hunts(tmp_path / "raw", 44, seed=1)
     teach, distil, _ = PLANS["monet"]
     plan = (replace(teach, share=0.4), replace(distil, share=0.6))
-    options: dict[str, Any] = {"settings": replace(BRIEF, updates=10), "audit": 3}
+    options: dict[str, Any] = {"settings": replace(BRIEF, updates=10, batch=4), "audit": 3}
     monkeypatch.setattr(audits, "audited", _sums)
     whole = run_plan(plan, chains[:32], tmp_path / "whole", held=chains[32:], **options)
 
@@ -182,6 +182,20 @@ def test_the_command_trains_what_the_library_opens(
     said = capsys.readouterr().out
     assert "accuracy" in said
     assert "Zero()" in said
+
+
+def test_only_chains_that_were_kept_are_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[str] = []
+    save(chains := hunts(tmp_path / "raw", 4, seed=1), tmp_path / "raw/chains.jsonl")
+    save(chains[1:3], tmp_path / "kept.jsonl")
+    monkeypatch.setattr(train, "run_plan", lambda _, given, *a, **k: learned.extend(
+        chain.id for chain in given))  # fmt: skip
+    command = f"train {tmp_path}/raw/chains.jsonl --objective lvr --out {tmp_path}/out"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--like", f"{tmp_path}/kept.jsonl"])
+    train.main()
+    assert learned == [chain.id for chain in chains[1:3]]
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,10 @@ from examples.capimagine.misleading import Rewriting
 from examples.capimagine.phrasing import caption, parse
 from imaginelens.estimates import Estimate
 from imaginelens.hooks.errors import InputError
+from imaginelens.mediation.folds import Reference
 from imaginelens.organisms.hunt import sample
 
-N = 32
+N = 24
 
 
 @pytest.mark.parametrize("module", [arms, causal, effects, misleading])
@@ -187,7 +188,7 @@ def test_all_of_it_is_written(text: Studied, content: Studied, tmp_path: Path) -
     causal.write(compared, tmp_path)
     table = (tmp_path / "table.md").read_text()
     assert "| free context | text (names) | latent-content (latents) |" in table
-    assert "| control: sham | 0 of 32 answers changed | - |" in table
+    assert f"| control: sham | 0 of {N} answers changed | - |" in table
     row = next(line for line in table.splitlines() if "targeted: wrong shape" in line)
     assert row.split("|")[2].strip() == "-"
     assert "follows it" in row.split("|")[3]
@@ -197,6 +198,10 @@ def test_all_of_it_is_written(text: Studied, content: Studied, tmp_path: Path) -
     assert {r["arm"] for r in numbers["records"]} <= {arm.name for arm in ARMS}
     assert len(numbers["models"][0]["outcomes"][0]["answers"]) == N
     assert (tmp_path / "effects-free.png").read_bytes()[:4] == b"\x89PNG"
+    for model in compared.models:
+        causal.write(Compared((model,), ("free",), compared.notes), tmp_path / model.name)
+    again = Compared.read([tmp_path / m.name / "causal.json" for m in compared.models])
+    assert again.table() == compared.table()
     assert all(m.seconds > 0 and m.tokens >= 6 for m in compared.models)
 
 
@@ -380,12 +385,13 @@ def test_a_rewriter_leads_to_the_wrong_answer_or_is_left_out(tmp_path: Path) -> 
         told("red", "a red cart"),  # the answer itself
         told("blue", "a blue cart", "and more"),  # too many
         told("blue", "<think_image> a blue cart"),
+        told("blue", "a red cart 5"),  # as it was
         "no JSON",
     )
     with Ledger(tmp_path / "l.jsonl") as ledger:
         rewriting = Rewriting(lambda: says, "says", ledger, Sampling())
-        made = rewriting.wrong(_items(7), [[f"a red cart {i}"] for i in range(6)] + [[]], ["A"] * 7)
-        assert made == [(("a blue cart",), "B"), (("a white cart",), "C")] + [(None, None)] * 5
+        made = rewriting.wrong(_items(8), [[f"a red cart {i}"] for i in range(7)] + [[]], ["A"] * 8)
+        assert made == [(("a blue cart",), "B"), (("a white cart",), "C")] + [(None, None)] * 6
         # from the ledger, at no cost
         again = rewriting.wrong(_items(2), [["a red cart 0"], ["a red cart 1"]], ["A"] * 2)
         assert again == made[:2]
@@ -460,6 +466,19 @@ def test_the_template_stands_in_for_the_papers_rewriter(tmp_path: Path) -> None:
         assert card is not None
         assert letter(card[2]) == aim
         assert new[:-1] == tuple(old[:-1])
+
+
+def test_a_donor_lines_up_as_far_as_all_of_it_goes() -> None:
+    """An edited run may open a second span, where its donor had one."""
+    lens = il.load("latent-content")
+    items = hunt_items(2, hops=2)
+    run = lens.run([item.question.example("") for item in items])
+    longer = replace(run, trigger=replace(run.trigger, emitted=(4, 2)))
+    rows = (("A", "B"), "latents")
+    batch = arms.Batch(lens, items, run, longer, Reference([run]), *rows, Rewriters())
+    assert repr(batch.lined_up(longer)) == repr(il.latent[:2])
+    none = replace(run, trigger=replace(run.trigger, emitted=(0, 0)))
+    assert repr(batch.lined_up(none)) == repr(il.latent)
 
 
 def test_too_little_is_refused() -> None:

@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +577,14 @@ def test_the_command_line(
     main()
     assert "12  chains" in capsys.readouterr().out
     assert len(load(tmp_path / "out/chains.jsonl")) == 12
-    monkeypatch.setattr("sys.argv", ["data", str(tmp_path / "no"), "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["data", str(raw), "--out", str(tmp_path / "no"), "--system="])
+    main()
+    found = zip(
+        load(tmp_path / "out/chains.jsonl"), load(tmp_path / "no/chains.jsonl"), strict=True
+    )
+    assert all(
+        old.system and new == replace(old, system="", folder=new.folder) for old, new in found
+    )
+    monkeypatch.setattr("sys.argv", ["data", str(tmp_path / "none"), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="does not exist"):
         main()

@@ -516,7 +516,7 @@ def test_sixteen_new_tokens_are_refused_for_models_that_imagine(latent: il.Laten
 
 
 def test_known_accuracies_and_what_do_costs(latent: il.LatentModel, tmp_path: Path) -> None:
-    study = _study(latent, limit=24, batch=24, dos=["mean", "sham", "skip"])
+    study = _study(latent, limit=16, batch=16, dos=["mean", "sham", "skip"])
     scored = evaluate.evaluate(study, tmp_path / "p.jsonl")
     assert scored["none", "all"].accuracy.value >= 0.95
     assert scored["mean", "all"].accuracy.value <= 0.4
@@ -524,10 +524,10 @@ def test_known_accuracies_and_what_do_costs(latent: il.LatentModel, tmp_path: Pa
     assert scored["none", "all"].emission.value == 1.0
     assert scored["mean", "all"].touched == 1.0
     assert scored.changes["mean", "all"].verdict(margin=0.05) == "effect"
-    assert "the sham, the control, changed 0 of 24 replies" in scored.notes
+    assert "the sham, the control, changed 0 of 16 replies" in scored.notes
     assert scored["none", "all"].seconds > 0
     ignored = evaluate.evaluate(
-        _study(open_model("latent-ignored"), limit=24, batch=24, dos=["mean"]), tmp_path / "i.jsonl"
+        _study(open_model("latent-ignored"), limit=16, batch=16, dos=["mean"]), tmp_path / "i.jsonl"
     )
     assert ignored["mean", "all"].accuracy.value >= 0.9  # the same edit, and nobody reads it
 

@@ -1,7 +1,9 @@
 """The adapters against stand-ins of what lmms-eval and VLMEvalKit document, which are not here."""
 
 import sys
+import tomllib
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,6 +121,40 @@ def test_lmms_eval_is_told_what_cannot_be() -> None:
     video = [{"role": "user", "content": [{"type": "video", "url": "x"}]}]
     with pytest.raises(InputError, match="shows video; only images"):
         model.generate_until([Instance((lambda doc: video, {}, 0, "hunts", "test"))])
+
+
+@pytest.mark.usefixtures("lmms_eval")
+def test_a_misspelt_argument_is_no_unedited_run() -> None:
+    with pytest.raises(TypeError, match="'doo'"):
+        _lmms(pretrained="text", doo="mean", batch_size=1, max_batch_size=None)
+
+
+@pytest.mark.usefixtures("lmms_eval")
+def test_lmms_eval_may_give_the_path_of_a_picture(tmp_path: Path) -> None:
+    HUNTS[0].image().save(tmp_path / "a.png")
+
+    def messages(hunt: Any) -> list[dict[str, Any]]:
+        content = [{"type": "image", "url": str(tmp_path / "a.png")},
+                   {"type": "text", "text": hunt.question}]  # fmt: skip
+        return [{"role": "user", "content": content}]
+
+    request = Instance((messages, {"max_new_tokens": 20}, 0, "hunts", "test"))
+    assert _lmms(pretrained="text").generate_until([request]) == ANSWERS[:1]
+
+
+@pytest.mark.usefixtures("lmms_eval")
+def test_the_plugin_names_what_lmms_evals_registry_takes() -> None:
+    """Its registry loads an entry point, and calls it; one that fails takes all others with it, so
+    that the library's own wheel, which has no recipes, must not have one."""
+    plugin = Path(harness_lmms_eval.__file__).parent / "lmms_eval_plugin" / "pyproject.toml"
+    points = tomllib.loads(plugin.read_text())["project"]["entry-points"]["lmms_eval.models"]
+    made = [EntryPoint(k, v, "lmms_eval.models").load()() for k, v in points.items()]
+    assert [(one.model_id, one.simple_class_path) for one in made] == [("imaginelens", None)]
+    library = tomllib.loads((plugin.parents[3] / "pyproject.toml").read_text())
+    assert "entry-points" not in library["project"]
+    assert not any(
+        name.startswith("examples") for name in library["tool"]["setuptools"]["packages"]
+    )
 
 
 def test_without_lmms_eval_its_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

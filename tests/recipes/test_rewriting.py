@@ -321,7 +321,7 @@ def test_no_marker_enters_a_chain(marker: str) -> None:
         rewrite.replies.caption(json.dumps({"caption": f"a {marker} b"}))
     with pytest.raises(BadReply, match="must not have"):
         rewrite.replies.chain(
-            json.dumps({"texts": [marker, "bar"], "captions": ["a"]}), captions=1, answer="bar"
+            json.dumps({"texts": [marker, "bar"], "captions": ["a"]}), count=1, answer="bar"
         )
 
 
@@ -339,7 +339,7 @@ def test_a_refined_chain_keeps_its_captions_and_its_answer(
     reply: dict[str, Any], kind: str
 ) -> None:
     with pytest.raises(BadReply) as bad:
-        rewrite.replies.chain(json.dumps(reply), captions=1, answer="bar")
+        rewrite.replies.chain(json.dumps(reply), count=1, answer="bar")
     assert bad.value.kind == kind
 
 
@@ -352,20 +352,6 @@ def test_a_verdict_is_two_shares(value: Any) -> None:
 def test_json_is_found_in_a_fence_and_after_thoughts() -> None:
     said = '<think>{"caption": "no"}</think>\n```json\n{"caption": "a  cube"}\n```'
     assert rewrite.replies.caption(said) == "a cube"
-
-
-def test_captions_that_mislead(tmp_path: Path) -> None:
-    captions = ["cyan then yellow shape bar", "start yellow shape ring then gray"]
-    request, check = rewrite.mislead("7", "start red then then shape ?", captions, "ring")
-    with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        asking = Asking(ledger, Template(), "template")
-        changed, wrong = check(asyncio.run(asking.ask(request, stage="wrong", id="7")))
-    assert changed[0] == captions[0]
-    assert wrong != "ring"
-    assert changed[1] == captions[1].replace("ring", wrong)
-    for said in ({"captions": captions, "conclusion": "bar"}, {"captions": ["x", "y"]}):
-        with pytest.raises(BadReply):
-            check(json.dumps(said))
 
 
 # -- what is paid for ------------------------------------------------------------------------------
@@ -592,6 +578,27 @@ def test_an_endpoint_that_fails_and_talks_nonsense_gives_the_same_chains(
 
 def _hasty(*args: Any) -> Asking:
     return Asking(*args, backoff=0.001)
+
+
+_AFTER_NNSIGHT = """
+import asyncio, sys
+import nnsight
+assert hasattr(object, "save") and "openai" not in sys.modules
+from examples.capimagine.backends import OpenAI, Request, prompt
+fields = {"question": "?", "captions": ["cyan then yellow shape bar"], "answer": "bar"}
+request = Request(prompt=prompt("wrong.v1"), fields=fields)
+print(asyncio.run(OpenAI(sys.argv[1], "template").ask(request)).text)
+assert hasattr(object, "save")
+"""
+
+
+def test_an_endpoint_is_asked_where_nnsight_came_first() -> None:
+    """nnsight puts `.save` on every object, which anyio does not stand when it is imported."""
+    with _server() as url:
+        command = [sys.executable, "-c", _AFTER_NNSIGHT, url]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["captions"]) == 1
 
 
 def test_setup_errors_are_one_sentence(

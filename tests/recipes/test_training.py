@@ -57,8 +57,6 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples/capimagine/configs"
 VISION = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 pytestmark = [
-    # trl 1.16 and accelerate import modules that use what Python 3.12 deprecates
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     # the processes of a fork of a process with threads, which is what `datasets` has
     pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
 ]
@@ -473,7 +471,9 @@ def killed_while_saving(arguments: Sequence[str]) -> "subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("more", [(), ("--lora", "4")], ids=["all", "lora"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--lora", "4"), marks=pytest.mark.slow)], ids=["all", "lora"]
+)
 def test_killed_and_resumed_is_the_same_as_never_killed(
     tmp_path: Path, more: tuple[str, ...]
 ) -> None:

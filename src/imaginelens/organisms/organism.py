@@ -1,6 +1,8 @@
 """A tiny trained model whose mechanism is known, as a `LatentModel` with a task."""
 
 import difflib
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -8,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from imaginelens.hooks import FAMILIES, CheckpointError, InputError, LatentModel, Pairs
+from imaginelens.hooks import FAMILIES, CheckpointError, InputError, LatentModel, Pairs, hub
 from imaginelens.hooks.answers import AnswerFinder
 from imaginelens.hooks.families import Family
+from imaginelens.hooks.loading import is_hub_id
 from imaginelens.hooks.pairs import Example, Steps
 from imaginelens.organisms import hunt
 from imaginelens.organisms.checkpoint import available, card, folder
@@ -22,11 +25,40 @@ class Organism(LatentModel):
     """A shipped organism: everything a `LatentModel` is, and `.task()` draws its exact task."""
 
     name: str
+    measured: dict[str, Any]
 
     @property
     def card(self) -> dict[str, Any]:
         """What was measured when it was trained: accuracy, do(Z) profile, swap shares."""
-        return card(self.name)
+        return self.measured
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        license: str | None = None,
+    ) -> hub.Address:
+        """Put the organism on the Hugging Face Hub, for `il.load(repo_id)`; returns its address.
+
+        Args:
+            license: the Hub's word for it, such as "mit"; the card names none if left out.
+
+        Raises:
+            CheckpointError: it is not one of those that are shipped, or in a folder; the Hub cannot
+                be reached, or one may not write there.
+        """
+        home = folder(self.name) if self.name in available() else Path(self.name)
+        if not home.is_dir():
+            raise CheckpointError(f"{self.name!r} is on the Hub already; duplicate it there")
+
+        def put(target: Path) -> None:
+            shutil.copytree(home, target, dirs_exist_ok=True)
+            (target / hub.CARD).write_text(_readme(home, license), encoding="utf-8")
+
+        message = f"Organism {home.name}, with imaginelens"
+        return hub.upload(put, repo_id, message=message, private=private, token=token)
 
     @property
     def variables(self) -> Mapping[str, Callable[[Example, int], Any]]:
@@ -94,7 +126,8 @@ def load(
     near = difflib.get_close_matches(str(name), available(), n=1)
     if near and str(name) != near[0] and not Path(name).exists():
         raise CheckpointError(f"there is no organism {str(name)!r}; did you mean {near[0]!r}?")
-    if str(name) not in available():
+    measured = card(str(name)) if str(name) in available() else _measured(name, revision)
+    if measured is None:
         return LatentModel.from_pretrained(
             name,
             spec=spec,
@@ -105,20 +138,66 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    if spec is None and card(str(name))["variant"]["imagines"]:
+    if spec is None and measured["variant"]["imagines"]:
         spec = FAMILIES["capimagine"]
     with _quiet():
         lens = Organism.from_pretrained(
-            folder(str(name)),
+            folder(str(name)) if str(name) in available() else name,
             spec=spec,
             answer=answer,
             dtype=torch.float32 if dtype == "auto" else dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
+            revision=None if str(name) in available() else revision,
         )
     assert isinstance(lens, Organism)
-    lens.name = str(name)
+    lens.name, lens.measured = str(name), measured
     return lens
+
+
+def _measured(name: str | Path, revision: str | None) -> dict[str, Any] | None:
+    """What a folder or repository says about an organism in it; None if it holds none."""
+    path = Path(name) / "card.json"
+    if not Path(name).exists() and isinstance(name, str) and is_hub_id(name):
+        found = cached_file(
+            name,
+            "card.json",
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        path = path if found is None else Path(found)
+    if not path.is_file():
+        return None
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+        known = isinstance(words["variant"], dict) and {"hops", "imagines"} <= set(words["variant"])
+    except (ValueError, TypeError, LookupError):  # a card of something else
+        return None
+    return words if known else None
+
+
+def _readme(home: Path, license: str | None) -> str:
+    """The README of an organism on the Hub."""
+    about = home / "card.md"
+    told = about.read_text(encoding="utf-8") if about.is_file() else f"# {home.name}\n"
+    tags = ("organism", "known-mechanism")
+    return f"""{hub.header(tags=tags, license=license, pipeline_tag="image-text-to-text")}
+
+{told}
+## Use
+
+```python
+import imaginelens as il
+
+lens = il.load("REPOSITORY_OR_FOLDER")
+task = lens.task(n=64, seed=0)  # pairs with exact counterfactuals
+```
+
+It is a test object for methods of interpretability: its mechanism is known, and it knows nothing
+of the world.
+"""
 
 
 @contextmanager

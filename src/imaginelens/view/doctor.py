@@ -14,6 +14,12 @@ from imaginelens.hooks.controls import sham_difference
 from imaginelens.organisms import load
 
 PACKAGES = ("imaginelens", "torch", "transformers", "nnsight", "transformer-lens", "numpy", "scipy")
+TESTED = {  # the versions that the contract was last seen to hold with
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "nnsight": "0.8.1",
+    "transformer-lens": "4.3.0",
+}
 OPTIONAL = {
     "sklearn": ("linear probes", 'pip install "imaginelens[probes]"'),
     "anywidget": ("the notebook widget", 'pip install "imaginelens[notebook]"'),
@@ -47,10 +53,16 @@ def _versions() -> list[Finding]:
     found = [Finding("python", platform.python_version())]
     for name in PACKAGES:
         try:
-            found.append(Finding(name, version(name)))
+            found.append(Finding(name, _beside(name, version(name))))
         except PackageNotFoundError:
             found.append(Finding(name, "not installed", False, f"pip install {name}"))
     return found
+
+
+def _beside(name: str, here: str) -> str:
+    """A version, and the tested one where that is another."""
+    tested = TESTED.get(name, here)
+    return here if here.split("+")[0] == tested else f"{here} (tested with {tested})"
 
 
 def _device() -> Finding:

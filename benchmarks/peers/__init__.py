@@ -1,0 +1,1 @@
+"""The same six tasks done with ImagineLens and with its peers: who can, how right, at what cost."""
