@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import imaginelens as il
+from examples.reproduce.do_z import measurable
 from examples.reproduce.exhibit import Arms, Cell, Exhibit, Measured, of, percent
 from examples.reproduce.subjects import Subject
 from imaginelens.hooks.errors import InputError
@@ -40,14 +41,19 @@ def measure(subject: Subject, *, n: int, seed: int) -> Measured:
         followed = [same(a, s) for a, s in zip(after, alike.source_answers, strict=True)]
         found[benchmark if len(names) > 1 else ""] = {
             f"{SHAM}: {CHANGED}": of(table.sham.change, scale=100),
-            f"{DROPPED}: {CHANGED}": of(gone.change, scale=100),
-            f"{OTHER}: {CHANGED}": of(other.change, scale=100),
+            f"{DROPPED}: {CHANGED}": _changed(gone),
+            f"{OTHER}: {CHANGED}": _changed(other),
             f"{TARGET}: {CHANGED}": percent(changed),
             f"{TARGET}: answers that become the donor's, %": percent(followed),
         }
-        facts = {"dropped": gone.change.value, "targeted": sum(changed) / len(changed),
-                 "donor": sum(followed) / len(followed)}  # fmt: skip
+        facts = {"targeted": sum(changed) / len(changed), "donor": sum(followed) / len(followed)}
+        facts |= {"dropped": gone.change.value} if measurable(gone) else {}
     return Measured(found, tuple(told), facts=facts | {"kind": kind})
+
+
+def _changed(row: Any) -> Cell:
+    """How many answers an edit changes; an edit may leave none to compare."""
+    return of(row.change, scale=100) if measurable(row) else "too few answers found"
 
 
 def _alike(subject: Subject, pairs: il.Pairs, *, textual: bool) -> list[int]:
@@ -91,11 +97,17 @@ def _swapped(subject: Subject, pairs: il.Pairs, at: Any) -> tuple[list[Any], lis
 def compare(found: Mapping[str, Measured]) -> list[str]:
     """What words and latents lose under the same."""
     return [
-        f"{name} ({one.facts['kind']}): {100 * one.facts['dropped']:.0f}% of answers change when "
-        f"they are taken away, {100 * one.facts['targeted']:.0f}% with a donor's, and "
-        f"{100 * one.facts['donor']:.0f}% become the donor's answer"
+        f"{name} ({one.facts['kind']}): {_dropped(one.facts)} when they are taken away; with a "
+        f"donor's {100 * one.facts['targeted']:.0f}% change, and {100 * one.facts['donor']:.0f}% "
+        "become the donor's answer"
         for name, one in found.items()
     ]
+
+
+def _dropped(facts: Mapping[str, Any]) -> str:
+    if "dropped" not in facts:
+        return "too few answers are left to compare"
+    return f"{100 * facts['dropped']:.0f}% of answers change"
 
 
 EXHIBIT = Exhibit(
