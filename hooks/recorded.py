@@ -6,7 +6,6 @@ tensors and words, or refused.
 """
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -520,10 +519,11 @@ def _from_pt(file: Path, layer: int | None) -> Latents:
     """A file of torch.save, of which only tensors and plain words are read."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
+    except Exception as error:  # torch's unpickler raises errors of all kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{file.name} cannot be read as tensors and words alone, and a pickle of anything else "
-            f"could run code; save it as safetensors ({brief(str(error).splitlines()[0])})"
+            f"could run code; save it as safetensors ({brief(why)})"
         ) from error
     if isinstance(found, torch.Tensor):
         return Latents({file.stem: _of_layer(file.stem, found, layer)}, origin=file.name)

@@ -65,7 +65,7 @@ def _fit(
     for member in members[limits.count :]:
         refused.append(_bad(member.filename, "too many", f"more than {limits.count} members"))
     for member in members[: limits.count]:
-        if member.is_dir():
+        if member.filename and member.is_dir():
             continue
         kind, reason = _wrong(member, limits)
         name = str(PurePosixPath(member.filename))
@@ -84,6 +84,8 @@ def _fit(
 def _wrong(member: zipfile.ZipInfo, limits: Limits) -> tuple[str, str]:
     """What speaks against a member, as (kind, reason); two empty words if nothing does."""
     path = PurePosixPath(member.filename)
+    if not path.parts:
+        return "no name", "it has no name"
     if path.is_absolute() or "\\" in member.filename or ":" in member.filename:
         return "absolute path", "its path is absolute, or is no path of this kind of system"
     if ".." in path.parts:

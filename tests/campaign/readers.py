@@ -20,6 +20,7 @@ from examples.capimagine.refused import Refusal, SourceError
 from imaginelens.hooks.cache import ActivationCache
 from imaginelens.hooks.errors import ImagineLensError
 from imaginelens.hooks.pairs import Pairs
+from imaginelens.hooks.recorded import Latents
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.study_config import EXAMPLE, ColumnsConfig, read_config
 from imaginelens.mediation.study_data import read_pairs
@@ -103,6 +104,21 @@ def _cache(folder: Path) -> None:
     lens = il.load("latent-content")
     _, cache = lens.run_with_cache(lens.task(n=1, seed=0).base, names_filter="*.hook_resid_post")
     cache.save(folder / "cache.safetensors")
+
+
+def _recorded(folder: Path) -> None:
+    import imaginelens as il
+
+    lens = il.load("latent-content")
+    run = lens.run(lens.task(n=2, seed=0).base)
+    il.Latents.of(run, ids=["a", "b"]).save(folder / "latents.safetensors")
+
+
+def _monets(folder: Path) -> None:
+    import torch
+
+    saved = {"metadata_info": "x_1", "latent": torch.zeros(2, 8)}
+    torch.save(saved, folder / "latent_last_layer_x_1.pt")
 
 
 def some_states() -> States:
@@ -260,6 +276,18 @@ READERS = (
         _cache,
         "cache.safetensors",
         lambda folder: ActivationCache.load(folder / "cache.safetensors"),
+    ),
+    Reader(
+        "recorded latents",
+        _recorded,
+        "latents.safetensors",
+        lambda folder: Latents.load(folder / "latents.safetensors"),
+    ),
+    Reader(
+        "Monet's recording",
+        _monets,
+        "latent_last_layer_x_1.pt",
+        lambda folder: Latents.load(folder),
     ),
     Reader("probe, words", _probe, "probe.json", load_probe),
     Reader("probe, arrays", _probe, "probe.safetensors", load_probe, mend=_digest_in_words),

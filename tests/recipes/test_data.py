@@ -491,6 +491,29 @@ def test_a_damaged_member_or_zip_is_refused(tmp_path: Path) -> None:
     assert refused.id == "zip:a.zip"
 
 
+def test_members_without_a_name_of_another_version_or_torn_do_not_stop_the_rest(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("torn.txt", bytes(range(256)) * 4)
+        packed.writestr("good.txt", b"good" * 100)
+        packed.writestr("nameless.txt", b"x")
+    # a name ends at its first null
+    content = bytearray(path.read_bytes().replace(b"nameless.txt", b"\0ameless.txt"))
+    begin = content.index(b"torn.txt") + len("torn.txt")
+    content[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    kinds = {refused.kind for refused in unpack(path, tmp_path / "to")}
+    assert kinds == {"zip: damaged", "zip: no name"}
+    assert [p.name for p in (tmp_path / "to").iterdir()] == ["good.txt"]
+    at = content.index(b"PK\x01\x02") + 6  # the version that the first member needs
+    content[at : at + 2] = (154).to_bytes(2, "little")
+    path.write_bytes(content)
+    (refused,) = unpack(path, tmp_path / "to2")
+    assert "version" in refused.reason
+
+
 def test_records_of_refused_members_are_refused_and_the_rest_read(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
