@@ -430,8 +430,8 @@ def test_interleaved_runs_do_not_disturb_each_other(name: str) -> None:
 
     def interrupt(act: torch.Tensor, hook: Any) -> None:
         if hook.columns[0] == alone.tokens.prompt_width + 2:
-            with torch.no_grad():
-                lens.model(**lens.prompt(two).inputs)
+            with torch.no_grad():  # a bare lens.model(...) is refused while hooks are active
+                lens.model.forward(**lens.prompt(two).inputs)
 
     ids = lens.span_tokens
     with lens.hooks([("hook_latent", interrupt)]):
