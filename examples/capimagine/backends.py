@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from examples.capimagine.client import load_client
+from examples.capimagine.client import load_client, plain_address
 from examples.capimagine.refused import Refusal, SourceError
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -214,6 +214,9 @@ class OpenAI:
         model: the name that the endpoint knows it by.
         api_key: many local endpoints want none.
         timeout: seconds for one call.
+
+    Raises:
+        InputError: the address holds a password, or is none.
     """
 
     def __init__(
@@ -234,7 +237,7 @@ class OpenAI:
         self._key = api_key
         # retries are counted and paid for by whoever asks, so not hidden in the client
         self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0
+            base_url=plain_address(base_url), api_key=api_key, timeout=timeout, max_retries=0
         )
 
     async def ask(self, request: Request) -> Reply:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.capimagine.backends import prompt
-from examples.capimagine.client import load_client
+from examples.capimagine.client import load_client, plain_address
 from examples.capimagine.ledger import Entry, Ledger
 from examples.capimagine.matcher import LETTERS, visible
 from imaginelens.hooks.errors import InputError
@@ -34,7 +34,7 @@ class OpenAIJudge:
         ledger: where replies are kept.
 
     Raises:
-        InputError: the endpoint does not answer.
+        InputError: the endpoint does not answer, or its address holds a password.
     """
 
     url: str
@@ -63,7 +63,9 @@ class OpenAIJudge:
 
         if self.client is None:
             key = os.environ.get("OPENAI_API_KEY", "none")
-            self.client = OpenAI(base_url=self.url, api_key=key, max_retries=5, timeout=120)
+            self.client = OpenAI(
+                base_url=plain_address(self.url), api_key=key, max_retries=5, timeout=120
+            )
         self.calls += 1
         try:
             made = self.client.chat.completions.create(

@@ -61,6 +61,7 @@ from examples.capimagine.data import (
 from examples.capimagine.ledger import Ledger
 from examples.capimagine.refused import Refusal, Refused, SourceError, count
 from examples.capimagine.replies import BadReply, Verdict
+from imaginelens.hooks.errors import InputError
 
 T = TypeVar("T")
 ZOOM, EDIT = "zoom", "edit"
@@ -407,7 +408,7 @@ def main() -> None:
     args = arguments().parse_args()
     try:
         _run(args)
-    except SourceError as error:
+    except (InputError, SourceError) as error:
         raise SystemExit(str(error)) from error
     except Stopped as stopped:
         raise SystemExit(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CapImagine in miniature, from raw chains to a causal analysis, on two CPU cores in ten minutes.
+# CapImagine in miniature, from raw chains to a causal analysis, on two CPU cores in a quarter of an hour.
 #
 #   ./run install                                  # once: the environment
 #   examples/capimagine/run_miniature.sh [OUT]     # default: runs/miniature

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
+from examples.capimagine.client import plain_address
 from imaginelens.hooks.errors import InputError
 
 PROMPT = """\
@@ -36,7 +37,7 @@ class Rewriter:
         """Imagination that leads elsewhere.
 
         Raises:
-            InputError: there is no such endpoint, or it gives no text.
+            InputError: there is no such endpoint, it gives no text, or the address holds a key.
         """
         content = PROMPT.format(question=question, imagined=imagined, answer=answer)
         body = {
@@ -44,7 +45,7 @@ class Rewriter:
             "messages": [{"role": "user", "content": content}],
         }  # fmt: skip
         request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(),
+            f"{plain_address(self.url).rstrip('/')}/chat/completions", json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )  # fmt: skip
         if key := os.environ.get("OPENAI_API_KEY"):

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from examples.capimagine import card, rewrite
+from examples.capimagine.client import plain_address
 from examples.capimagine.hunts import write
+from examples.capimagine.judging import OpenAIJudge
+from examples.capimagine.ledger import Ledger
 from examples.capimagine.template import answer
 from examples.reproduce.rewriter import Rewriter
 from imaginelens.hooks.errors import InputError
@@ -131,3 +134,25 @@ def test_a_dataset_cannot_write_on_its_card(tmp_path: Path) -> None:
     assert {re.sub(r"\\.", "", line).count("|") for line in rows} == {3, 5}
     assert "| Visual_CoT | 2 |" in lines
     assert json.loads((tmp_path / "card.json").read_text())["source"] == HOSTILE
+
+
+@pytest.mark.parametrize("url", [f"http://me:{KEY}@host/v1", f"http://host/v1?key={KEY}"])
+def test_an_address_that_holds_a_key_is_refused_and_not_told(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each of the three that ask endpoints; an address without one is taken as it is."""
+    write(sample(1, hops=2, seed=1), tmp_path / "raw")
+    command = ["rewrite", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*command, "--base-url", url, "--model", "template"])
+    with pytest.raises(SystemExit, match="holds a '@' or a '\\?'") as stopped:
+        rewrite.main()
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        judge = OpenAIJudge(url, "m", ledger)
+        with pytest.raises(InputError, match="perhaps a key") as judged:
+            judge("which?", ["a", "b"], "a")
+    with pytest.raises(InputError, match="perhaps a key") as rewritten:
+        Rewriter(url, "m")("which?", "a cat", "cat")
+    assert not any(KEY in str(error.value) for error in (stopped, judged, rewritten))
+    assert plain_address("http://[::1]:8000/v1") == "http://[::1]:8000/v1"
+    with pytest.raises(InputError, match="no http address"):
+        plain_address("localhost:8000")
