@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from imaginelens.hooks.errors import CheckpointError, brief
+from imaginelens.hooks.errors import CheckpointError, InputError, brief
 
 
 @contextmanager
@@ -40,6 +40,64 @@ def appearing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(
+    folder: Path,
+    *,
+    proof: str | None = None,
+    doing: str = "saving into",
+    instead: str = "choose another folder",
+) -> Iterator[None]:
+    """Hold a folder, made if it is not there, while a result of several files is written into it.
+
+    So nothing that was saved is ever half replaced. The system lets go of the folder when the
+    process ends, however it ends. Where a file system has no locks, or on Windows, nothing is held.
+
+    Args:
+        proof: the file that is written last; where it is there, there is a result already. None
+            is a folder to which results are added.
+        doing, instead: what another process is then told to be doing, and what to do about it.
+
+    Raises:
+        InputError: there is a result already, or another process holds the folder.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with alone(folder, proof="words.json"):
+    ...     _ = (folder / "words.json").write_text("{}")
+    >>> with alone(folder, proof="words.json"):
+    ...     pass
+    Traceback (most recent call last):
+    imaginelens.hooks.errors.InputError: ... holds words.json already; choose another folder
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = _held(folder, f"another process is {doing} {folder!s}; wait for it, or {instead}")
+    try:
+        if proof is not None and (folder / proof).exists():
+            raise InputError(f"{folder!s} holds {proof} already; choose another folder")
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _held(folder: Path, otherwise: str) -> int | None:
+    """A lock on a folder, which closing it lets go; None where there are none."""
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(opened)
+        raise InputError(otherwise) from error
+    except OSError:  # a file system without locks
+        pass
+    return opened
 
 
 def _settle(folder: Path) -> None:

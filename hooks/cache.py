@@ -11,13 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError, HookNameError
+from imaginelens.hooks.errors import CheckpointError, HookNameError, brief
 from imaginelens.hooks.names import get_act_name, match
 
 Key = str | tuple[str, int]
 
 
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class ActivationCache(Mapping[str, torch.Tensor]):
             return cls._read(path, device)
         except (*_UNREADABLE, SafetensorError) as error:
             raise CheckpointError(
-                f"{path!s} is not a cache that can be read ({error}); make it with cache.save(path)"
+                f"{path!s} is not a cache that can be read ({brief(error)}); make it with "
+                "cache.save(path)"
             ) from error
 
     @classmethod

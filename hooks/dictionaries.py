@@ -109,7 +109,8 @@ class Features(Edit):
         if self.reads is not None and self.reads not in names:
             raise InputError(
                 f"this {of} reads {self.reads!r} and writes {own!r}, and this model does not offer "
-                "the first; use a dictionary that reads a site of lens.registry"
+                "the first; use a dictionary that reads a site of lens.registry, or, where it "
+                "reads behind a norm, wrap it so that it norms hook_resid_mid itself"
             )
         wrong = [site for site in chosen if site != own]
         if own is None or not wrong or not _spelled(own):

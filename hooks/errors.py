@@ -36,6 +36,18 @@ class CheckpointError(ImagineLensError, OSError):
     """A folder or id that is not a checkpoint this library can open."""
 
 
+def quoted(value: object, longest: int = 200) -> str:
+    r"""A value that came from a file, as a sentence may show it.
+
+    >>> quoted(["a", 500 * "x"], longest=12), quoted("\x1b")
+    ("['a', 'xxxxx ...", "'\\x1b'")
+    """
+    try:
+        return brief(repr(value), longest)
+    except RecursionError:
+        return f"a {type(value).__name__} of too many levels"
+
+
 def brief(words: object, longest: int = 200) -> str:
     r"""Words that came from a file, as a sentence may show them: printable, and not too many.
 
@@ -44,4 +56,6 @@ def brief(words: object, longest: int = 200) -> str:
     """
     said = str(words)
     shown = said if len(said) <= longest else said[:longest] + " ..."
+    if shown.isprintable():
+        return shown
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

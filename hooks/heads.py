@@ -6,18 +6,22 @@ into modules of ours, so that no code of a checkpoint is ever run.
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
-from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.errors import CheckpointError, brief
+
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class SimpleHead(nn.Module):
@@ -141,7 +145,7 @@ def read_extras(
     """Read the weights whose names begin with one of `names` from a checkpoint's safetensors."""
     found: dict[str, torch.Tensor] = {}
     for file in _weight_files(folder_or_id, revision):
-        with safe_open(file, framework="pt") as weights:
+        with _opened(file) as weights:
             for name in weights.keys():
                 if name.startswith(tuple(names)):
                     found[name] = weights.get_tensor(name)
@@ -152,7 +156,7 @@ def weight_names(folder_or_id: str | Path, *, revision: str | None = None) -> li
     """The names of all weights of a checkpoint's safetensors."""
     found: list[str] = []
     for file in _weight_files(folder_or_id, revision):
-        with safe_open(file, framework="pt") as weights:
+        with _opened(file) as weights:
             found += weights.keys()
     return found
 
@@ -166,5 +170,30 @@ def _weight_files(folder_or_id: str | Path, revision: str | None) -> list[str]:
     index = file("model.safetensors.index.json")
     if index is None:
         return [f for f in [file("model.safetensors")] if f is not None]
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    try:
+        words = json.loads(Path(index).read_text(encoding="utf-8"))
+        shards = sorted(set(words["weight_map"].values()))
+        if odd := [name for name in shards if Path(name).name != name]:
+            raise ValueError(f"{odd[0]!r} is no name of a file beside it")
+    except (*_UNREADABLE, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder_or_id!s} has a model.safetensors.index.json that cannot be read "
+            f"({brief(error)}); save the model again with model.save_pretrained(folder)"
+        ) from error
     return [f for f in map(file, shards) if f is not None]
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """A file of weights, for reading.
+
+    Raises:
+        CheckpointError: it is torn, or no safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({brief(error)}); fetch or save it again"
+        ) from error

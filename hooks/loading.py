@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -14,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from imaginelens.hooks.errors import CheckpointError, brief
+from imaginelens.hooks.errors import CheckpointError, brief, quoted
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
@@ -38,6 +41,7 @@ def load_model(
     check_folder(name)
     adapted = adapts(name)
     if adapted is not None:
+        _refuse_circle(name)
         base = load_model(
             adapted,
             dtype=dtype,
@@ -49,8 +53,10 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name!s} has no config that can be read: {error}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # transformers raises errors of all kinds
+        raise CheckpointError(f"{name!s} has no config that can be read: {brief(error)}") from error
     auto = AutoModelForImageTextToText
     if type(config) not in auto._model_mapping:
         auto = AutoModelForMultimodalLM
@@ -71,6 +77,10 @@ def load_model(
         )
     except ImportError as error:
         raise CheckpointError(_needs(name, config, error)) from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{name!s} has weights that cannot be read ({brief(error)}); fetch or save it again"
+        ) from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -104,18 +114,57 @@ def adapts(name: str | Path) -> str | None:
             "the model already; remove adapter_config.json if they are, or move the adapters to a "
             "folder of their own"
         )
-    base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
+    try:
+        words = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{name!s} has an adapter_config.json that cannot be read ({brief(error)}); save the "
+            "adapters again with model.save_pretrained(folder)"
+        ) from error
+    base = words.get("base_model_name_or_path") if isinstance(words, dict) else None
+    if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{name!s} holds adapters and does not say of which model; write its folder or Hub id "
             "into adapter_config.json as base_model_name_or_path"
         )
     if importlib.util.find_spec("peft") is None:
         raise CheckpointError(
-            f"{name!s} holds adapters of {base!r}, and peft, which merges them, is missing: "
+            f"{name!s} holds adapters of {quoted(base)}, and peft, which merges them, is "
+            "missing: "
             "pip install peft; or merge them yourself and save the model"
         )
-    return str(base)
+    return base
+
+
+def _refuse_circle(name: str | Path) -> None:
+    """Refuse adapters of adapters of themselves."""
+    seen = [Path(name).resolve()]
+    while (base := adapts(seen[-1])) is not None:
+        if Path(base).resolve() in seen:
+            raise CheckpointError(
+                f"the adapters in {name!s} lead back to {quoted(base)}, which is no model; "
+                "write the folder or Hub id of their model into adapter_config.json as "
+                "base_model_name_or_path"
+            )
+        seen.append(Path(base).resolve())
+
+
+@contextmanager
+def readable(name: str | Path) -> Iterator[None]:
+    """Turn what goes wrong as a processor is read into a sentence about the checkpoint.
+
+    Raises:
+        CheckpointError: one of its files is torn, or holds something else.
+    """
+    try:
+        yield
+    except (ImportError, FileNotFoundError, CheckpointError):  # these say what is missing
+        raise
+    except Exception as error:  # transformers and tokenizers raise errors of all kinds
+        raise CheckpointError(
+            f"{name!s} has a processor or tokenizer that cannot be read ({brief(error)}); fetch it "
+            "again, or save it with processor.save_pretrained(folder)"
+        ) from error
 
 
 def processor_home(name: str | Path) -> str | Path:

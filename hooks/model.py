@@ -45,14 +45,15 @@ from imaginelens.hooks.generate import LatentLoop, unembed_projected
 from imaginelens.hooks.grid import lay_out
 from imaginelens.hooks.inputs import InputEdit
 from imaginelens.hooks.landing import Landing
-from imaginelens.hooks.loading import adapts, load_model, processor_home
+from imaginelens.hooks.loading import adapts, load_model, processor_home, readable
 from imaginelens.hooks.media import audio_token_id, lay_out_videos, video_token_id
 from imaginelens.hooks.metrics import Metric, Readout, Targets, log_prob, logit_diff
 from imaginelens.hooks.names import NamesFilter
 from imaginelens.hooks.nnterp_names import NnterpNames
 from imaginelens.hooks.patching import Context, PatchResult, ablate, check_arguments, patch
 from imaginelens.hooks.pixels import PixelEdit, edit_pixels
-from imaginelens.hooks.positions import Positions, answer, image, latent
+from imaginelens.hooks.placement import check_placed
+from imaginelens.hooks.positions import Positions, answer, image, latent, selectors
 from imaginelens.hooks.processors import load_processor
 from imaginelens.hooks.prompts import PIXELS, Prompt, make_prompt
 from imaginelens.hooks.raw_traces import RawTraces, has_run, heard, named_entries
@@ -120,6 +121,7 @@ class LatentModel:
                 f"il.LatentModel was given a {type(model).__name__}; pass a Hugging Face model, "
                 "such as AutoModelForImageTextToText.from_pretrained(...) gives"
             )
+        check_placed(model)
         self.model: PreTrainedModel = model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -177,7 +179,8 @@ class LatentModel:
         text = text_checkpoint(name, spec, **source)
         if text is None:
             model = load_model(name, **options, **source)
-            processor = load_processor(processor_home(name), **source)
+            with readable(name):
+                processor = load_processor(processor_home(name), **source)
         else:
             model, processor, spec = text.load(**options, **source), text.tokenizer, text.family
         family = family_on_disk(adapts(name) or name, model, processor, spec, revision=revision)
@@ -192,7 +195,7 @@ class LatentModel:
         images: Any = None,
         text: str | None = None,
         names_filter: NamesFilter | Literal[False] = False,
-        positions: Sequence[Positions] = DEFAULT_POSITIONS,
+        positions: Positions | Sequence[Positions] = DEFAULT_POSITIONS,
         max_new_tokens: int | None = None,
         latents: Skip | Force | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -204,7 +207,8 @@ class LatentModel:
         Args:
             inputs: an example `{"images": ..., "text": ...}`, a list of examples (a batch), or a
                 processor's dict. Or give `images` and `text`.
-            names_filter: sites to capture at `positions` (default: latents and answer).
+            names_filter: sites to capture at `positions`, one selector or several (default: latents
+                and answer).
             max_new_tokens: latents count as tokens; default: the checkpoint's own, or 256.
             latents: `il.Skip()` or `il.Force(k)`.
             generation: further options of `generate` (`do_sample`, `temperature`,
@@ -217,19 +221,18 @@ class LatentModel:
             InputError: the input is not one this model can take.
         """
         prompt = self.prompt(inputs, images=images, text=text)
-        return self._generate(
-            prompt, names_filter, positions, max_new_tokens, latents, generation, seed, keep_logits
-        )
+        how = (max_new_tokens, latents, generation, seed, keep_logits)
+        return self._generate(prompt, names_filter, selectors(positions), *how)
 
     def rerun(
         self,
         run: Run,
         *,
         names_filter: NamesFilter | Literal[False] = False,
-        positions: Sequence[Positions] = DEFAULT_POSITIONS,
+        positions: Positions | Sequence[Positions] = DEFAULT_POSITIONS,
     ) -> Run:
         """Generate again from the prompt of a run, under the same options, as hooks are now."""
-        return self._generate(run.prompt, names_filter, positions, *run.options)
+        return self._generate(run.prompt, names_filter, selectors(positions), *run.options)
 
     def prompt(self, inputs: Any = None, *, images: Any = None, text: str | None = None) -> Prompt:
         """Encode what `run` would run, without running it."""
@@ -457,7 +460,7 @@ class LatentModel:
         inputs: Any,
         *,
         names_filter: NamesFilter = None,
-        positions: Sequence[Positions] | None = None,
+        positions: Positions | Sequence[Positions] | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[torch.Tensor, ActivationCache]:
         """One forward that keeps activations; returns the logits and the cache.
@@ -467,12 +470,13 @@ class LatentModel:
             names_filter: which sites; None is all of them.
             positions: keep only these, cut before storing; None keeps whole activations.
         """
-        wanted = None if positions is None else wanted_while_generating(positions)
+        kept = None if positions is None else selectors(positions)
+        wanted = None if kept is None else wanted_while_generating(kept)
         capture = self._capture(names_filter, wanted, device)
         assert capture is not None
         with self.registry.scope([capture]):
             tokens, logits = self._read_mapped(inputs)
-        return logits, assemble(capture, tokens, positions, self.registry.table)
+        return logits, assemble(capture, tokens, kept, self.registry.table)
 
     @contextmanager
     def hooks(

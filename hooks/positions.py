@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from imaginelens.hooks.errors import PositionError
+from imaginelens.hooks.errors import InputError, PositionError
 from imaginelens.hooks.media import VideoGrid
 from imaginelens.hooks.tokens import Kind, TokenMap
 
@@ -436,6 +436,27 @@ deciding = DecidingPositions()
 generated = GeneratedPositions()
 markers = MarkerPositions()
 format = FormatPositions()
+
+
+def selectors(given: Any) -> tuple[Positions, ...]:
+    """One selector or several, as a tuple.
+
+    Raises:
+        InputError: something among them selects no positions.
+
+    >>> selectors(latent), selectors([image, answer])
+    ((latent,), (image, answer))
+    """
+    found = (given,) if isinstance(given, Positions) else given
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise InputError(f"positions is {given!r}; give selectors, such as [il.latent, il.answer]")
+    for one in found:
+        if not isinstance(one, Positions):
+            raise InputError(
+                f"positions holds {one!r}, which selects no positions; give selectors, such as "
+                "il.latent, il.positions([4, 7]) or il.text.find('red cube')"
+            )
+    return tuple(found)
 
 
 def _answer(tokens: TokenMap, row: int, selector: Positions) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 
 from imaginelens.hooks.edits import Act, Constant, Edit, EditContext, Steer, Swap, Zero
 from imaginelens.hooks.entries import CaptureEntry, Entry
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import ImagineLensError, InputError, brief, quoted
 from imaginelens.hooks.landing import Landing
 from imaginelens.hooks.pyvene_places import donor_at, one_each, places_of, subspaces_of
 from imaginelens.hooks.sites import Site
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from imaginelens.hooks.model import LatentModel
 
 # Of a representation, in the order in which a saved config lists them.
+_ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 FIELDS = (
     "layer", "component", "unit", "max_number_of_units", "low_rank_dimension",
     "intervention_type", "intervention", "subspace_partition", "group_key",
@@ -234,6 +235,20 @@ def from_pyvene(lens: "LatentModel", config: Any) -> Interventions:
     >>> found.landings[0].positions
     {0: [4]}
     """
+    if not isinstance(config, str | Path):
+        return _read(lens, config)
+    try:
+        return _read(lens, config)
+    except ImagineLensError:
+        raise
+    except (*_ODD, RuntimeError) as error:
+        raise InputError(
+            f"the config in {str(config)!r} is not as IntervenableModel.save wrote it "
+            f"({brief(error)}); save it again"
+        ) from error
+
+
+def _read(lens: "LatentModel", config: Any) -> Interventions:
     representations, types, weights, dimensions = _opened(config)
     if len(types) != len(representations):
         raise InputError(
@@ -307,7 +322,7 @@ def _opened(
     mode = config.get("mode") or "parallel"
     if mode != "parallel":
         raise InputError(
-            f"the config's mode is {mode!r}: sources that are edited themselves have no "
+            f"the config's mode is {quoted(mode)}: sources that are edited themselves have no "
             "counterpart; run them one after the other, and give the last run as the source"
         )
     listed = config["representations"]
@@ -332,12 +347,41 @@ def _saved(folder: Path) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
         raise InputError(
             f"{str(folder)!r} holds no config.json; pass a folder that IntervenableModel.save wrote"
         )
-    config = json.loads(path.read_text())
-    weights = []
-    for key in config.get("sorted_keys") or []:
-        held = folder / f"intkey_{key}.bin"
-        weights.append(torch.load(held, weights_only=True) if held.is_file() else {})
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        keys = config.get("sorted_keys") or []
+        names = [f"intkey_{key}.bin" for key in keys]
+        if odd := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{odd[0]!r} is no name of a file beside it")
+        weights = [_weights(folder / name) for name in names]
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{str(path)!r} is no config that IntervenableModel.save wrote ({brief(error)}); save "
+            "it again"
+        ) from error
     return config, weights
+
+
+def _weights(file: Path) -> Mapping[str, Any]:
+    """What an intervention has learned; nothing where it has no file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises errors of all kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{str(file)!r} cannot be read as tensors alone, and a pickle of anything else could "
+            f"run code ({brief(why)}); save the interventions again"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise InputError(
+            f"{str(file)!r} holds a {type(found).__name__}, not tensors by name; save the "
+            "interventions again"
+        )
+    return found
 
 
 def _is_one(given: Any) -> bool:
@@ -352,13 +396,13 @@ def _representation(given: Any) -> dict[str, Any]:
         given = dict(zip(FIELDS, given, strict=False))
     if not isinstance(given, Mapping):
         raise InputError(
-            f"a representation is {given!r}, expected a dict such as "
+            f"a representation is {quoted(given)}, expected a dict such as "
             "{'layer': 1, 'component': 'block_output'}"
         )
     unknown = [name for name in given if name not in FIELDS]
     if unknown:
         raise InputError(
-            f"a representation has {', '.join(map(repr, unknown))}, which is not among "
+            f"a representation has {brief(', '.join(map(repr, unknown)))}, which is not among "
             f"{', '.join(FIELDS)}"
         )
     return {**dict.fromkeys(FIELDS), **_USUAL, **given}
@@ -386,14 +430,15 @@ def _intervention(
     component, unit = representation["component"], representation["unit"]
     if kind not in KINDS:
         raise InputError(
-            f"{kind} has no counterpart; those that have are {', '.join(KINDS)}. A SAE's features "
-            "are edited with il.Features, noise is il.AddNoise, a function is a hook function"
+            f"{brief(kind)} has no counterpart; those that have are {', '.join(KINDS)}. A SAE's "
+            "features are edited with il.Features, noise is il.AddNoise, a function is a hook "
+            "function"
         )
     by_head = str(component).startswith("head_")
     if unit != ("h.pos" if by_head else "pos"):
         raise InputError(
-            f"the unit {unit!r} of component {component!r} has no counterpart; use 'pos', or "
-            "'h.pos' with a head_ component"
+            f"the unit {quoted(unit)} of component {quoted(component)} has no counterpart; use "
+            "'pos', or 'h.pos' with a head_ component"
         )
     for name in ("group_key", "moe_key"):
         if representation[name] is not None:
@@ -434,10 +479,10 @@ def _site(lens: "LatentModel", representation: Mapping[str, Any]) -> Site:
     plain = component.removeprefix("head_")
     blocks = lens.structure.blocks
     if plain in _WITHOUT:
-        raise InputError(f"component {component!r} has no site: {_WITHOUT[plain]}")
+        raise InputError(f"component {quoted(component)} has no site: {_WITHOUT[plain]}")
     if plain in COMPONENTS:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < len(blocks):
-            raise InputError(f"layer is {layer!r}, and the layers are 0 to {len(blocks) - 1}")
+            raise InputError(f"layer is {quoted(layer)}, and the layers are 0 to {len(blocks) - 1}")
         part, end = COMPONENTS[plain]
         path = getattr(blocks[layer], part)
     else:  # a module's own path, as in "model.layers[1].mlp.output"
@@ -447,7 +492,7 @@ def _site(lens: "LatentModel", representation: Mapping[str, Any]) -> Site:
             return site
     known = ", ".join([*COMPONENTS, *(f"head_{name}" for name in list(COMPONENTS)[3:7])])
     raise InputError(
-        f"component {component!r} is no site of {type(lens.model).__name__}"
+        f"component {quoted(component)} is no site of {type(lens.model).__name__}"
         + (f", where it would be the {end} of {path or 'no module'}" if plain in COMPONENTS else "")
         + f"; components are {known}, or a module's path with .input or .output"
     )
@@ -514,7 +559,15 @@ def _rotation(weights: Mapping[str, Any]) -> torch.Tensor | None:
 
 def _expanded(part: Sequence[int]) -> tuple[int, ...]:
     """A subspace: two numbers are the ends of a range."""
-    return tuple(range(*part)) if len(part) == 2 else tuple(part)
+    if len(part) != 2:
+        return tuple(part)
+    start, stop = part
+    if not 0 <= start < stop <= 10**6:  # wider than any model
+        raise InputError(
+            f"a subspace goes from {quoted(start)} to {quoted(stop)}; give dimensions from 0, the "
+            "end behind the last"
+        )
+    return tuple(range(start, stop))
 
 
 # ---- what it does ------------------------------------------------------------------------------

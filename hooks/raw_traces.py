@@ -17,6 +17,7 @@ import nnsight
 import torch
 from nnsight.intervention.interleaver import EarlyStopException
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from imaginelens.hooks import engine
 from imaginelens.hooks.entries import Chunk, EditEntry, HookEntry
@@ -56,6 +57,7 @@ class RawTraces(nnsight.NNsight):
     def __init__(self, lens: "LatentModel") -> None:
         super().__init__(lens.model)
         self._lens = weakref.ref(lens)
+        lens.registry.guard = partial(_guarded, lens.model, weakref.ref(lens.registry))
 
     def trace(self, *args: Any, remote: Any = False, **kwargs: Any) -> Any:
         """Open a trace, as nnsight's own `trace`.
@@ -133,18 +135,35 @@ def heard(model: nn.Module, what: str) -> Iterator[None]:
 
     def refuse(module: nn.Module, args: Any) -> None:
         if not engine.is_ours(module):
-            raise EditTouchedNothing(
-                f"{what} is active and would touch nothing, for the model was called directly (by "
-                "model(...), model.generate(...) or a wrapper of another tool); call lens.run or "
-                "another verb, trace with lens.nnsight.trace(inputs), or with fn=lens.run where "
-                "it should generate"
-            )
+            raise _unheard(what)
 
     handle = model.register_forward_pre_hook(refuse)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _guarded(model: nn.Module, of: weakref.ref[Any]) -> RemovableHandle:
+    """The same for as long as something is in a registry, which the model does not keep alive."""
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        registry = of()
+        entries = [] if registry is None else registry.entries
+        active = [e for e in entries if isinstance(e, _HEARD)]
+        if active and not engine.is_ours(module):
+            raise _unheard(named_entries(active))
+
+    return model.register_forward_pre_hook(refuse)
+
+
+def _unheard(what: str) -> EditTouchedNothing:
+    return EditTouchedNothing(
+        f"{what} is active and would touch nothing, for the model was called directly (by "
+        "model(...), model.generate(...) or a wrapper of another tool); call lens.run or another "
+        "verb, trace with lens.nnsight.trace(inputs), or with fn=lens.run where it should "
+        "generate, or take it off first, by lens.registry.clear() or behind its block"
+    )
 
 
 @contextmanager

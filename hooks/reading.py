@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from imaginelens.hooks.errors import InputError, brief
+from imaginelens.hooks.errors import InputError, brief, quoted
 from imaginelens.hooks.inputs import pictures_key, pictures_of
 
 TEXTS = ("text", "question")
@@ -78,7 +78,7 @@ def read_row(raw: Mapping[str, Any], columns: Columns, folder: Path, where: str)
         return replace(row, group=group)
     if not isinstance(source, Mapping):
         raise InputError(
-            f"{where} has {source!r} under {columns.source!r}, expected an object with the "
+            f"{where} has {quoted(source)} under {columns.source!r}, expected an object with the "
             "source's images, text and answer; pass source=None if it is something else"
         )
     other = _read_example(source, columns, folder, f"the source in {where}")
@@ -119,8 +119,8 @@ def _check_sides(row: Row) -> None:
         return
     if row.answer.strip().casefold() == row.source.answer.strip().casefold():
         raise InputError(
-            f"{row.where} has the answer {row.answer!r} on both sides, so no swap can be told from "
-            "none; leave it out"
+            f"{row.where} has the answer {quoted(row.answer)} on both sides, so no swap can be "
+            "told from none; leave it out"
         )
 
 
@@ -159,7 +159,8 @@ def _read_example(raw: Mapping[str, Any], columns: Columns, folder: Path, where:
     for key, value in zip(used[1:], (text, answer), strict=True):
         if not isinstance(value, str) and not (value is None and key == columns.answer):
             raise InputError(
-                f"{where} has {value!r} under {key!r}, expected text; convert it with str(...)"
+                f"{where} has {quoted(value)} under {key!r}, expected text; convert it with "
+                "str(...)"
             )
     left_out = {*used, columns.source, HISTORY, *({"group"} if columns.group is None else ())}
     others = {key: value for key, value in raw.items() if key not in left_out}
@@ -169,7 +170,8 @@ def _read_example(raw: Mapping[str, Any], columns: Columns, folder: Path, where:
 
 def _missing(key: str, raw: Mapping[str, Any], where: str) -> str:
     return (
-        f"{where} has no {key!r}, only {sorted(map(str, raw))}; add it, or say which key holds it"
+        f"{where} has no {key!r}, only {brief(sorted(map(str, raw)))}; add it, or say which key "
+        "holds it"
     )
 
 
@@ -206,9 +208,10 @@ def _open(image: Any, folder: Path, where: str) -> Image.Image:
         raise InputError(
             f"the image {name} of {where} is in no format that Pillow reads"
         ) from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"the image {name} of {where} cannot be decoded ({error}); check that it is complete"
+            f"the image {name} of {where} cannot be decoded ({brief(error)}); check that it is "
+            "complete"
         ) from error
     raise InputError(
         f"{where} has an image that is a {type(image).__name__}, expected a path or a PIL image"
@@ -279,7 +282,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, dict(raw)
     except csv.Error as error:
         raise InputError(
-            f"{path.name} is not CSV ({error}, line {reader.reader.line_num})"
+            f"{path.name} is not CSV ({brief(error)}, line {reader.reader.line_num})"
         ) from error
 
 
@@ -350,8 +353,8 @@ def pair_up(rows: Sequence[Row], key: str) -> list[Row]:
     for row in rows:
         if not isinstance(row.example.get(key), str | int):
             raise InputError(
-                f"{row.where} has {row.example.get(key)!r} under {key!r}, expected the name of its "
-                "pair"
+                f"{row.where} has {quoted(row.example.get(key))} under {key!r}, expected the name "
+                "of its pair"
             )
         if row.source is not None:
             raise InputError(f"{row.where} brings its own source; leave out pair={key!r}")
@@ -360,8 +363,8 @@ def pair_up(rows: Sequence[Row], key: str) -> list[Row]:
         if len(members) != 2:
             lines = ", ".join(row.where for row in members[:3])
             raise InputError(
-                f"the pair {value!r} has {len(members)} rows ({lines}), expected 2: the base, then "
-                "the source"
+                f"the pair {quoted(value)} has {len(members)} rows ({lines}), expected 2: the "
+                "base, then the source"
             )
     return [replace(base, source=source) for base, source in found.values()]
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError, DonorError, brief
+from imaginelens.hooks.errors import CheckpointError, DonorError, brief, quoted
 from imaginelens.hooks.positions import LatentPositions, Positions
 from imaginelens.hooks.run import Run
 from imaginelens.hooks.states import States, pad
@@ -76,19 +76,19 @@ class Latents:
             if not isinstance(states, torch.Tensor) or states.dim() != 2:
                 shape = tuple(getattr(states, "shape", ()))
                 raise DonorError(
-                    f"sample {name!r} is a {type(states).__name__} of shape {shape}, expected a "
-                    "tensor (step, d_model)"
+                    f"sample {quoted(name)} is a {type(states).__name__} of shape {shape}, "
+                    "expected a tensor (step, d_model)"
                 )
             odd = int((~states.isfinite()).sum())
             if odd or not states.is_floating_point():
                 raise DonorError(
-                    f"sample {name!r} is of {states.dtype} with {odd} values that are not finite; "
-                    "a recording has finite floats"
+                    f"sample {quoted(name)} is of {states.dtype} with {odd} values that are not "
+                    "finite; a recording has finite floats"
                 )
             kinds.setdefault((states.shape[1], states.dtype, states.device), name)
         if len(kinds) > 1:
             told = ", ".join(f"{n!r} width {w} in {d} on {v}" for (w, d, v), n in kinds.items())
-            raise DonorError(f"the samples differ: {told}; record all with one model")
+            raise DonorError(f"the samples differ: {brief(told)}; record all with one model")
         for name, numbers in self.spans.items():
             if name not in self.samples or len(numbers) != len(self.samples[name]):
                 raise DonorError(
@@ -573,18 +573,25 @@ def _of_layer(name: str, states: torch.Tensor, layer: int | None) -> torch.Tenso
 
 def _stacked(name: Any, steps: Any) -> torch.Tensor | None:
     """The vectors of one request as one tensor; None where there are none."""
-    if isinstance(steps, torch.Tensor):
-        return steps
-    if steps is None or not len(steps):
-        return None
     try:
-        if isinstance(steps, np.ndarray):
-            return torch.from_numpy(np.array(steps))
-        if all(isinstance(step, torch.Tensor) for step in steps):
-            return torch.stack(list(steps))
-        array = np.asarray(steps)
-        return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
-    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(steps, torch.Tensor):
+            found = steps
+        elif steps is None or not len(steps):
+            return None
+        elif isinstance(steps, np.ndarray):
+            found = torch.from_numpy(np.array(steps))
+        elif all(isinstance(step, torch.Tensor) for step in steps):
+            found = torch.stack(list(steps))
+        else:
+            array = np.asarray(steps)
+            with np.errstate(over="ignore"):  # what becomes infinite is told below
+                single = array.astype(np.float32) if array.dtype == np.float64 else array
+            found = torch.from_numpy(single)
+        if found.dim() != 2:
+            raise ValueError(f"they have the shape {tuple(found.shape)}")
+        return found
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:  # RecursionError is one
         raise DonorError(
-            f"the steps of {name!r} are no vectors of one width ({error}); give [[...], [...]]"
+            f"the steps of {quoted(name)} are no vectors of one width ({brief(error)}); give "
+            "[[...], [...]]"
         ) from error

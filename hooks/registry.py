@@ -14,6 +14,7 @@ from typing import Any, Literal
 import nnsight
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from imaginelens.hooks import engine
@@ -33,14 +34,31 @@ class HookRegistry(Mapping[str, Site]):
     """Every site of a model by name, and what is active on it.
 
     `registry.match("*.hook_resid_post")` lists names, `registry.add(filter, fn_or_edit)` activates,
-    `registry.clear()` removes everything that is not permanent.
+    `registry.clear()` removes everything that is not permanent. What is active is heard by the
+    verbs of the lens and by traces of `lens.nnsight`; a call of the model itself is then refused.
     """
 
     table: SiteTable
-    entries: list[Entry] = field(default_factory=list)
     points: dict[str, HookPoint] = field(default_factory=dict)
     depth: Depth | None = None  # of a model that recurs in depth
     forwards: int = 0  # of this library, so far
+    guard: Callable[[], RemovableHandle] | None = None  # refuses calls that hear of no entry
+    _entries: list[Entry] = field(default_factory=list)
+    _guarding: RemovableHandle | None = None
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What is active, in the order of registration."""
+        return self._entries
+
+    @entries.setter
+    def entries(self, new: list[Entry]) -> None:
+        self._entries = new
+        if new and self._guarding is None and self.guard is not None:
+            self._guarding = self.guard()
+        elif not new and self._guarding is not None:
+            self._guarding.remove()
+            self._guarding = None
 
     def __contains__(self, name: object) -> bool:
         return name in self.table
@@ -93,7 +111,8 @@ class HookRegistry(Mapping[str, Site]):
     ) -> HookEntry | EditEntry | TextEntry:
         """Activate a hook function or an edit at the sites that a filter selects.
 
-        Edits need `at`, the positions they touch; hook functions see the whole activation.
+        Edits need `at`, the positions they touch; hook functions see the whole activation. Until
+        they are removed, calling the model itself raises `EditTouchedNothing`.
         """
         sites = tuple(self.match(names_filter))
         entry: HookEntry | EditEntry | TextEntry
@@ -112,7 +131,7 @@ class HookRegistry(Mapping[str, Site]):
         else:
             entry = HookEntry(sites, action, direction, permanent)
         entry.settle(self.table)
-        self.entries.append(entry)
+        self.entries = [*self.entries, entry]
         return entry
 
     def remove(self, entry: Entry) -> None:

@@ -155,7 +155,7 @@ class Run:
             held = ", ".join(self.cache) or "nothing"
             raise DonorError(
                 f"the donor run captured {held}, not {site!r}; make it with "
-                f"lens.run(inputs, names_filter={site!r}, positions={at!r})"
+                f"lens.run(inputs, names_filter={site!r}, positions=il.{at!r})"
             )
         if site in self.cache.slots:
             return pad([self._projected_at(site, row, c, at) for row, c in enumerate(columns)])
@@ -187,10 +187,16 @@ class Run:
     def _cached_at(self, site: str, row: int, columns: np.ndarray, at: Positions) -> torch.Tensor:
         held = self.cache.columns[site][row].tolist()
         missing = [int(c) for c in columns if int(c) not in held]
+        if missing == [int(np.flatnonzero(self.tokens.kind[row] != Kind.PAD)[-1])]:
+            raise DonorError(
+                f"column {missing[0]} ({at!r}) of row {row} is the last token written, which the "
+                f"model did not read, so there is no state of it at {site!r}; select less, such as "
+                "il.last_prompt, or use context='fixed', which reads the finished run"
+            )
         if missing:
             raise DonorError(
                 f"the donor run did not capture {site!r} at columns {missing} ({at!r}) of row "
-                f"{row}; make it with positions={at!r}"
+                f"{row}; make it with positions=il.{at!r}"
             )
         return self.cache.activations[site][row, [held.index(int(c)) for c in columns]]
 

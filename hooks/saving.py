@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from imaginelens.hooks.appearing import alone, appearing
 from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.inputs import Example, pictures_key, pictures_of
 from imaginelens.hooks.reading import HISTORY
@@ -28,10 +29,11 @@ def save_jsonl(pairs: "Pairs", folder: Path) -> Path:
             "leave them out with dataclasses.replace(pairs, hypotheses={})"
         )
     lines = [_line(pairs, i) for i in range(len(pairs))]  # all checked before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    for example in (*pairs.base, *pairs.source):
-        _save_pictures(example, folder)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    with alone(folder, proof=NAME):
+        for example in (*pairs.base, *pairs.source):
+            _save_pictures(example, folder)
+        with appearing(path) as partial:  # last, so that what it names is there
+            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -83,7 +85,8 @@ def _save_pictures(example: Example, folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            picture.save(path)
+            with appearing(path) as partial:
+                picture.save(partial, "PNG")
 
 
 def _plain(value: Any) -> Any:

@@ -89,7 +89,9 @@ def text_checkpoint(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError):
+    except ImportError:
+        raise
+    except Exception:  # transformers raises errors of all kinds
         return None  # `load_model` says what is wrong with it
     deep = isinstance(spec, DepthSpec) or (spec is None and in_depth(config) is not None)
     textual = deep or type(config) in AutoModelForCausalLM._model_mapping

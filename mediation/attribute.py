@@ -67,7 +67,8 @@ def attribute(
             among them; "cell" moves one after the other, each its own effect, at a cost that
             exceeds patching it exactly.
         latents: `il.Force(k)`, as in `lens.run`.
-        batch_size: pairs that are read at once.
+        batch_size: pairs that are read at once; where they are fewer, "ig" in fixed context reads
+            them several times in one forward, each time at another point of the way.
 
     Raises:
         EditTouchedNothing: no cell would change anything.
@@ -81,7 +82,7 @@ def attribute(
     (True, ['latent[0]', 'latent[1]'])
     """
     _check(pairs, metric, direction, method, context, path, rule, batch_size, tolerance)
-    way = Way(points(rule, steps), tolerance)
+    way = Way(points(rule, steps), tolerance, batch_size)
     started = time.perf_counter()
     batches = _batches(lens, pairs, metric, direction, context, latents, batch_size)
     cells = cells_of(

@@ -10,6 +10,7 @@ the latents that were fed and H_t(Z_<t) what the loop computed for them,
 where d_ is the derivative of that one forward. The text is held in both.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,9 @@ from imaginelens.hooks.script import Script
 from imaginelens.hooks.sketchpad import Sketcher
 from imaginelens.hooks.spec import Force, LatentSpec
 from imaginelens.hooks.tokens import Kind
+from imaginelens.mediation.behind_prefix import picked_readout, picked_targets
 from imaginelens.mediation.taps import Spots, Tap, tap, union
+from imaginelens.mediation.tiled import may_repeat, tiled
 
 LATENT, FINAL = "hook_latent", "ln_final.hook_normalized"
 _OFF = {torch.float64: 1e-6, torch.float32: 1e-3}  # how far a replayed latent may be off
@@ -137,6 +140,20 @@ class Reading:
         if all(t.moved is None for t in taps):
             self._check_loop(spec, made.detach(), loop.states)
         return Graph(values, tuple(taps), loop, made)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `again` is possible: nothing is fed back, and nothing else is active."""
+        return self.context == "fixed" and may_repeat(self.lens, self.script)
+
+    def again(self, times: int) -> "Reading":
+        """The same reading of a batch that holds all rows several times, one copy behind the
+        other."""
+        rows, wide = [*range(len(self.run))] * times, copy.copy(self)
+        wide.script, wide.forwards = tiled(self.script, times), 0
+        wide.targets = picked_targets(self.targets, rows)
+        wide.before = picked_readout(self.before, rows)
+        return wide
 
     def look(self, taps: Sequence[Tap], entries: Sequence[Entry]) -> None:
         """Read once with states moved, the latents as they were, for what `entries` see."""

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from imaginelens.hooks import Run
-from imaginelens.hooks.errors import ImagineLensError, InputError
+from imaginelens.hooks.appearing import alone
+from imaginelens.hooks.errors import ImagineLensError, InputError, brief
 from imaginelens.hooks.reading_selectors import parse_selector
 from imaginelens.mediation.attribution import Attribution
 from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.map_axes import name_of
+from imaginelens.mediation.map_files import write_whole
 
 KIND = "state"  # of nodes that are states and not features of a dictionary; drawn as such circles
 ENTERS = ("hook_latent", "hook_embed", "vision_projector.hook_out")  # before the first block
@@ -95,7 +97,8 @@ def attribution_graph(
     return {
         "metadata": _metadata(whole, run, row, slug, scan, example, len(whole) - len(order)),
         "qParams": {
-            "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "",
+            "pinnedIds": [], "supernodes": [], "linkType": "both", "sg_pos": "",
+            "clickedId": target["node_id"],  # so that links and numbers are seen at once
         },
         "nodes": [*nodes, target],
         "links": links,
@@ -119,19 +122,18 @@ def save_graph(graph: dict[str, Any], folder: str | Path) -> Path:
             f"a graph with {', '.join(graph) or 'nothing in it'} has no metadata.slug; make it "
             "with il.attribution_graph"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / _TAKEN
-    try:
-        known = json.loads(listed.read_text())["graphs"] if listed.is_file() else []
-        others = [one for one in known if one["slug"] != slug]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{str(listed)!r} is no list of graphs ({error}); choose another folder"
-        ) from error
-    path = folder / f"{slug}.json"
-    path.write_text(json.dumps(graph, indent=2, allow_nan=False))
-    graphs = [*others, graph["metadata"]]
-    listed.write_text(json.dumps({"graphs": graphs}, indent=2, allow_nan=False))
+    path, listed = folder / f"{slug}.json", folder / _TAKEN
+    with alone(folder):  # the list is read and written
+        try:
+            known = json.loads(listed.read_text())["graphs"] if listed.is_file() else []
+            others = [one for one in known if one["slug"] != slug]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{str(listed)!r} is no list of graphs ({brief(error)}); choose another folder"
+            ) from error
+        write_whole(path, json.dumps(graph, indent=2, allow_nan=False).encode())
+        graphs = [*others, graph["metadata"]]
+        write_whole(listed, json.dumps({"graphs": graphs}, indent=2, allow_nan=False).encode())
     return path
 
 

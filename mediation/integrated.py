@@ -6,7 +6,7 @@ to its joint effect, whatever the model: how far they miss it is the error of th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from imaginelens.mediation.first_order import Approximated
 from imaginelens.mediation.gradients import Reading
 from imaginelens.mediation.patched import Patched
 from imaginelens.mediation.rules import Points
-from imaginelens.mediation.taps import States, Tap, tap
+from imaginelens.mediation.taps import Moved, States, Tap, tap
 
 HALVINGS = 12  # at most, of one interval
 
@@ -29,10 +29,12 @@ class Way:
         points: of each interval; one interval is the whole path.
         tolerance: by how much an interval may miss its part of the joint effect before it is
             halved, in the metric's unit and for the whole path; None halves none.
+        rows: of one forward at most, where points of the way may share one.
     """
 
     points: Points
     tolerance: float | None = None
+    rows: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +47,32 @@ class _Path:
     states: States
     way: Way
 
-    def tap(self, share: float) -> Tap:
-        """The states a share of the way along."""
-        chosen = range(len(self.cells.cells))
+    def tap(self, shares: Sequence[float]) -> Tap:
+        """The states some shares of the way along, each in a copy of the batch."""
+        chosen, spots = range(len(self.cells.cells)), self.cells.spots[self.site]
+        moved = [self.cells.moved(chosen, self.states, share) for share in shares]
         return tap(
-            self.site, self.cells.spots[self.site], self.cells.moved(chosen, self.states, share)
+            self.site,
+            replace(spots, of_rows=spots.of_rows * len(shares)),
+            Moved(torch.cat([m.states for m in moved]), torch.cat([m.mask for m in moved])),
         )
 
     def value(self, share: float) -> Float[np.ndarray, " example"]:
         """The metric a share of the way along."""
-        return self.reading.values([self.tap(share)])
+        return self.reading.values([self.tap([share])])
+
+    def gradients(self, shares: Sequence[float]) -> torch.Tensor:
+        """The gradients some shares of the way along, (share, spot, ...), in one forward."""
+        wide = self.reading if len(shares) == 1 else self.reading.again(len(shares))
+        found = wide.graph([self.tap(shares)]).gradients()[self.site]
+        if wide is not self.reading:
+            self.reading.forwards += wide.forwards
+        return found.double().reshape(len(shares), *self.states.shape)
+
+    @property
+    def together(self) -> int:
+        """How many points of the way share a forward."""
+        return max(1, self.way.rows // self.cells.n_rows) if self.reading.repeats else 1
 
     def integral(
         self,
@@ -66,9 +84,11 @@ class _Path:
     ) -> torch.Tensor:
         """The integral of the gradient over a part of the way, whose ends have these values."""
         total = torch.zeros_like(self.states, dtype=torch.float64)
-        for share, weight in zip(*self.way.points, strict=True):
-            graph = self.reading.graph([self.tap(low + float(share) * (high - low))])
-            total += float(weight) * (high - low) * graph.gradients()[self.site].double()
+        where, weights = (part.tolist() for part in self.way.points)
+        for i in range(0, len(where), self.together):
+            shares = [low + share * (high - low) for share in where[i : i + self.together]]
+            for slope, weight in zip(self.gradients(shares).unbind(0), weights[i:], strict=False):
+                total += weight * (high - low) * slope
         allowed = self.way.tolerance
         if allowed is None or not halvings:
             return total

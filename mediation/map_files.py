@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.errors import CheckpointError, InputError, brief, quoted
 from imaginelens.mediation.cells import Cell
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.provenance import Provenance
@@ -22,6 +22,7 @@ VERSION = 1
 ARRAYS = ("before", "other", "after", "flags", "change", "sham")
 OPTIONAL = ("other", "sham")
 HEADER = "imaginelens"
+_ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 KINDS: dict[str, type] = {
     "metric": str,
     "unit": str,
@@ -74,14 +75,14 @@ def read_map(path: Path) -> EffectMap:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path!s} is torn or no map ({error}); remove it and make this part again"
+            f"{path!s} is torn or no map ({brief(error)}); remove it and make this part again"
         ) from error
     try:
         return _built(header, arrays)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (*_ODD, RecursionError) as error:
         raise CheckpointError(
-            f"{path!s} does not hold a map as this version writes it ({error}); remove it and make "
-            "this part again"
+            f"{path!s} does not hold a map as this version writes it ({brief(error)}); remove it "
+            "and make this part again"
         ) from error
 
 
@@ -114,7 +115,8 @@ def check_version(header: Any, path: Path) -> None:
     version = header.get("version") if isinstance(header, dict) else None
     if type(version) is not int or version != VERSION:
         raise CheckpointError(
-            f"{path!s} has the version {version!r} of the format of maps, and this version of "
+            f"{path!s} has the version {quoted(version)} of the format of maps, and this "
+            "version of "
             f"imaginelens reads {VERSION}; read it with the version that wrote it"
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imaginelens.hooks import hub
-from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.errors import CheckpointError, InputError, brief, quoted
 from imaginelens.mediation.effect_map import EffectMap
 from imaginelens.mediation.map_files import (
     VERSION,
@@ -27,6 +27,7 @@ MANIFEST = "map.json"
 SHARD = "shard-{:06d}.safetensors"
 _NAME = re.compile(r"shard-(\d{6})\.safetensors")
 TABLE = "table.csv"
+MOST = 10**6  # parts: their names have six digits
 _SHOWN = 8  # missing parts in an error message
 
 
@@ -66,8 +67,10 @@ class MapStore:
         shards: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        if shards is not None and (type(shards) is not int or shards < 1):
-            raise InputError(f"shards is {shards!r}, expected how many parts there are, 1 or more")
+        if shards is not None and (type(shards) is not int or not 1 <= shards <= MOST):
+            raise InputError(
+                f"shards is {shards!r}, expected how many parts there are, 1 to {MOST:,}"
+            )
         path = self.folder / MANIFEST
         if plan is not None:
             wanted = {"version": VERSION, "shards": shards, "plan": _plain(dict(plan), "the plan")}
@@ -149,11 +152,11 @@ class MapStore:
             return EffectMap.merge(parts)
         except InputError as error:
             raise CheckpointError(
-                f"the parts in {self.folder!s} do not make one map: {error}"
+                f"the parts in {self.folder!s} do not make one map: {brief(error)}"
             ) from error
 
     def _path(self, number: Any) -> Path:
-        last = (self.shards or 10**6) - 1
+        last = (self.shards or MOST) - 1
         if type(number) is not int or not 0 <= number <= last:
             raise InputError(
                 f"{number!r} is no part of this study; its parts are numbered from 0 to {last}"
@@ -232,7 +235,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path!s} cannot be read ({error}); it is not the file that a study wrote"
+            f"{path!s} cannot be read ({brief(error)}); it is not the file that a study wrote"
         ) from error
     check_version(found, path)
     shards = found.get("shards")
@@ -242,7 +245,12 @@ def _manifest(path: Path) -> dict[str, Any]:
         or not (shards is None or (type(shards) is int and shards >= 1))
     ):
         raise CheckpointError(
-            f"{path!s} should hold version, shards and plan, and holds {', '.join(found)}; it is "
+            f"{path!s} should hold version, shards and plan, and holds {brief(', '.join(found))}; "
+            "it is not the file that a study wrote"
+        )
+    if shards is not None and shards > MOST:
+        raise CheckpointError(
+            f"{path!s} says that there are {quoted(shards)} parts, expected 1 to {MOST:,}; it is "
             "not the file that a study wrote"
         )
     return found

@@ -21,7 +21,8 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from imaginelens.hooks import hub, metrics
-from imaginelens.hooks.errors import CheckpointError, InputError, brief
+from imaginelens.hooks.appearing import alone
+from imaginelens.hooks.errors import CheckpointError, InputError, brief, quoted
 from imaginelens.hooks.metrics import Metric
 from imaginelens.mediation.map_files import write_whole
 
@@ -52,6 +53,7 @@ CLASSES = {  # what a file may hold -> where it is
 T = TypeVar("T", bound="Saved")
 _UNREADABLE = (
     OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+    ArithmeticError,
 )  # fmt: skip
 
 
@@ -129,14 +131,16 @@ def save(result: Any, folder: Path, *, license: str | None = None) -> Path:
         "digest": _digest(content, words),
         "result": words,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ARRAYS, content)
     frame = result.to_dataframe() if hasattr(result, "to_dataframe") else None
-    if frame is not None:
-        write_whole(folder / TABLE, frame.to_csv(index=False).encode())
     table = None if frame is None else TABLE
-    write_whole(folder / hub.CARD, card(result, table=table, license=license).encode())
-    write_whole(folder / WORDS, json.dumps(header, indent=1, allow_nan=False).encode())
+    told = card(result, table=table, license=license)
+    text = json.dumps(header, indent=1, allow_nan=False)
+    with alone(folder, proof=WORDS):
+        write_whole(folder / ARRAYS, content)
+        if frame is not None:
+            write_whole(folder / TABLE, frame.to_csv(index=False).encode())
+        write_whole(folder / hub.CARD, told.encode())
+        write_whole(folder / WORDS, text.encode())
     return folder
 
 
@@ -156,9 +160,9 @@ def load(folder: Path) -> Any:
         content = (folder / ARRAYS).read_bytes()
         if header["version"] != VERSION:
             raise CheckpointError(
-                f"{folder!s} has version {header['version']!r} of the format of results, and this "
-                f"version of imaginelens reads {VERSION}; read it with imaginelens "
-                f"{header.get('imaginelens')}"
+                f"{folder!s} has version {quoted(header['version'])} of the format of "
+                f"results, and this version of imaginelens reads {VERSION}; read it with "
+                f"imaginelens {brief(header.get('imaginelens'))}"
             )
         if header["digest"] != _digest(content, header["result"]):
             raise CheckpointError(

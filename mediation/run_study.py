@@ -6,6 +6,7 @@ another one does, so that the maps are the same to the last bit however many the
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from imaginelens.hooks import EditTouchedNothing, LatentModel, Run
+from imaginelens.hooks.appearing import alone
 from imaginelens.hooks.errors import CheckpointError, ImagineLensError, InputError
 from imaginelens.mediation.budget import rows_that_fit
 from imaginelens.mediation.folds import Reference
@@ -137,7 +139,8 @@ def run_study(
         shown: whether progress is told on stderr.
 
     Raises:
-        InputError: the folder is not empty, or pairs and maps do not go together.
+        InputError: the folder is not empty, or another process is measuring it, or pairs and maps
+            do not go together.
         CheckpointError: the model cannot be opened, or the folder holds another study; the first
             key that differs is named.
         ControlError: a verified cell differs.
@@ -147,6 +150,18 @@ def run_study(
     if here.first:
         check_folder(config, resume=resume)
     study = Study.of(config, load, device=here.device)
+    held = alone(
+        config.out,
+        doing="measuring the study in",
+        instead="start all processes together, with `accelerate launch`, so that they share it",
+    )
+    with held if here.first else nullcontext():
+        return _shared(study, here, say, shown=shown)
+
+
+def _shared(study: Study, here: Processes, say: Callable[[str], Any], *, shown: bool) -> bool:
+    """Measure what is this process' to measure; the first one then puts the maps together."""
+    config = study.config
     stores = planned(study, here)
     share = {
         each: [k for k in range(store.shards or 0) if here.owns(k)]

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.errors import CheckpointError, brief
 from imaginelens.mediation.behind_prefix import Forward
 from imaginelens.mediation.map_files import check_file, write_whole
 
@@ -56,8 +56,8 @@ class Splits:
             names = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{path!s} cannot be read ({error}); remove it, and the part of the map with the "
-                "same number"
+                f"{path!s} cannot be read ({brief(error)}); remove it, and the part of the map "
+                "with the same number"
             ) from error
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imaginelens.estimates import Estimate
-from imaginelens.hooks import LatentModel, Pairs, Run, Swap
+from imaginelens.hooks import LatentModel, Pairs, Run, Sham, Swap
 from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.metrics import Metric, logit_diff
 from imaginelens.hooks.positions import Positions, latent
@@ -140,6 +140,7 @@ def _measured(ends: Ends) -> tuple[np.ndarray, EffectMap, EffectMap]:
     )
     change = np.full((steps, steps, ends.n), np.nan)
     found: list[dict[str, Any]] = []
+    shams: list[np.ndarray] = []
     for side in (ends, fixed):
         table: dict[str, list[np.ndarray]] = {"after": [], "flags": [], "change": []}
         for step in range(steps):
@@ -151,6 +152,11 @@ def _measured(ends: Ends) -> tuple[np.ndarray, EffectMap, EffectMap]:
             table["change"].append(joint.change)
             if side is ends:
                 change[step] = np.where(joint.flags > 0, np.nan, _moved(ends.run, joint.run, steps))
+        own = together(
+            side.lens, side.run, side.before, [part(Sham(), latent, (SITE,))], context=side.context
+        )
+        side.forwards += own.forwards
+        shams.append(side.value(own.after) - side.value(side.before))
         found.append({name: np.stack(rows) for name, rows in table.items()})
     cells = [_cell(latent[step]) for step in range(steps)]
     free, at_once = (
@@ -159,9 +165,10 @@ def _measured(ends: Ends) -> tuple[np.ndarray, EffectMap, EffectMap]:
             formula=f"{side.metric.name}(step swapped) - {side.metric.name}(unedited), "
             f"{side.direction}, {side.context} context",
             edit="Swap",
+            sham=sham,
             **rows,
         )
-        for side, rows in zip((ends, fixed), found, strict=True)
+        for side, rows, sham in zip((ends, fixed), found, shams, strict=True)
     )
     return change, free, at_once
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imaginelens.hooks import Pairs
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import InputError, brief
 from imaginelens.hooks.inputs import Example, content_key
 from imaginelens.hooks.reading import TEXTS
 from imaginelens.mediation.study_config import ColumnsConfig, StudyConfig
@@ -168,7 +168,9 @@ def _csv(text: str, name: str) -> list[dict[str, Any]]:
                 )
             rows.append(dict(raw))
     except csv.Error as error:
-        raise InputError(f"{name} is not CSV ({error}, line {reader.reader.line_num})") from error
+        raise InputError(
+            f"{name} is not CSV ({brief(error)}, line {reader.reader.line_num})"
+        ) from error
     return rows
 
 
@@ -176,7 +178,7 @@ def _json(text: str, name: str) -> list[dict[str, Any]]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is no JSON ({error}); write a list of objects") from error
+        raise InputError(f"{name} is no JSON ({brief(error)}); write a list of objects") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{name} holds no list of objects; write [{{...}}, {{...}}]")
     return rows
@@ -193,14 +195,18 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are of these
-        raise InputError(f"{path.name} is no Parquet file ({error})") from error
+        raise InputError(f"{path.name} is no Parquet file ({brief(error)})") from error
     return rows
 
 
 def _beside(images: Any, folder: Path) -> Any:
     """Paths of pictures, from the folder of their file; the rest as it is."""
     if isinstance(images, list | tuple):
-        return [_beside(each, folder) for each in images]
-    if isinstance(images, str):
-        return str(folder / images) if images else None
-    return images
+        return [_path(each, folder) for each in images]
+    return _path(images, folder)
+
+
+def _path(image: Any, folder: Path) -> Any:
+    if isinstance(image, str):
+        return str(folder / image) if image else None
+    return image

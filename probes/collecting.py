@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from imaginelens.probes.shards import (
 from imaginelens.probes.states import Cells, InMemory, States
 
 PACKAGES = ("imaginelens", "torch", "transformers", "nnsight")
+_LOOK = 0.2  # seconds between two looks at what other processes have made
 
 
 def collect(
@@ -61,6 +63,7 @@ def collect(
     out: str | Path | None = None,
     batch_size: int = 16,
     shard_size: int = SHARD_SIZE,
+    share: tuple[int, int] | None = None,
     max_new_tokens: int | None = None,
     latents: Skip | Force | None = None,
     dtype: str = "float32",
@@ -85,6 +88,10 @@ def collect(
             some of them by name, or False. Each but "raw input" costs as much as the states do.
         out: a folder to stream to, in shards of `shard_size` examples, which is what is held in
             memory; called again with the same arguments, only missing shards are made.
+        share: (number of this process, how many there are), such as accelerate's `process_index`
+            and `num_processes`: every process makes its part of the shards, waits for those of the
+            others, and gets all states. Needs `out`, a folder that they all see; called again after
+            one of them was killed, they make what is missing.
         max_new_tokens, latents: as in `lens.run`.
         dtype: "float32" or "float64", as states are kept.
         seed: of the random model's weights.
@@ -114,7 +121,7 @@ def collect(
             "for later; collect into memory (out=None), or deactivate them with "
             "lens.registry.clear()"
         )
-    work = _Work(lens, inputs, capture, batch_size, shard_size, seed)
+    work = _Work(lens, inputs, capture, batch_size, shard_size, seed, _checked(share, out))
     early = None if told.fixed is None else plain(told.fixed, "label")
     words: dict[str, Any] = {"label": told.name, "labels": early, "groups": list(inputs.groups)}
     if out is not None:
@@ -190,6 +197,7 @@ class _Work:
     batch_size: int
     shard_size: int
     seed: int
+    share: tuple[int, int] = (0, 1)
     bar: Any = None
 
     @property
@@ -232,13 +240,17 @@ class _Work:
         return [shard[i : i + self.batch_size] for i in range(0, len(shard), self.batch_size)]
 
     def fill(self, kept: _Kept, make: Callable[[int, range], Part], *, told: bool = True) -> None:
-        """Make the shards that are missing; `told` where the bar counts them."""
+        """Make this process' missing shards, and wait for the others'; `told` where the bar counts
+        them."""
+        index, count = self.share
         missing = kept.missing()
         for number, shard in enumerate(self.shards):
-            if number in missing:
+            if number in missing and number % count == index:
                 kept.write(number, make(number, shard))
             elif told:
                 self.bar.update(len(self.batches(shard)))
+        while kept.missing():  # whoever starts the processes ends them all when one of them fails
+            time.sleep(_LOOK)
 
     def part(
         self,
@@ -312,6 +324,21 @@ def _rows(trace: Trace, rows: slice) -> Trace:
 
 
 # ---- what is refused and said ------------------------------------------------------------------
+
+
+def _checked(share: Any, out: Any) -> tuple[int, int]:
+    """The part of the shards that is made here."""
+    if share is None:
+        return 0, 1
+    index, count = share
+    if not 0 <= index < count:
+        raise InputError(
+            f"share is {share!r}, expected the number of this process, counted from 0, and how "
+            "many there are"
+        )
+    if out is None and count > 1:
+        raise InputError("share= cuts the work into parts that meet in a folder; name it by out=")
+    return index, count
 
 
 def _sites(lens: LatentModel, wanted: NamesFilter) -> tuple[str, ...]:

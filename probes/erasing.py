@@ -7,6 +7,7 @@ probes, one after the other; the mean projection removes the span of class means
 differ where the concept correlates with the rest of the state: projections take that along.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from jaxtyping import Float, Shaped
 
 from imaginelens.estimates import Estimate
 from imaginelens.hooks import hub
-from imaginelens.hooks.appearing import appearing
+from imaginelens.hooks.appearing import alone, appearing
 from imaginelens.hooks.errors import CheckpointError, InputError, brief
 from imaginelens.probes.hub import ERASER, push
 from imaginelens.probes.splitting import folds
@@ -212,21 +213,20 @@ class Eraser:
         Raises:
             InputError: there is one already.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         home = Path(folder)
         if (home / "eraser.json").exists():
             raise InputError(f"{home} holds an eraser already; choose another folder")
-        home.mkdir(parents=True, exist_ok=True)
         parts = ("mean", "left", "right")
         tensors = {
             f"{step}.{part}": np.ascontiguousarray(getattr(erasure, part))
             for step, erasure in self.active.items()
             for part in parts
         }
-        with appearing(home / "eraser.safetensors") as partial:
-            save_file(tensors, partial)
+        content = save(tensors)
         card = {
+            "digest": hashlib.sha256(content).hexdigest(),
             "method": self.method,
             "concept": self.concept,
             "site": self.site,
@@ -236,8 +236,12 @@ class Eraser:
             "keys": sorted(self.keys),
             "groups": sorted(self.groups),
         }
-        with appearing(home / "eraser.json") as partial:
-            partial.write_text(json.dumps(card, indent=2) + "\n")
+        text = json.dumps(card, indent=2) + "\n"
+        with alone(home, proof="eraser.json"):
+            with appearing(home / "eraser.safetensors") as partial:
+                partial.write_bytes(content)
+            with appearing(home / "eraser.json") as partial:
+                partial.write_text(text)
         return home
 
     def push_to_hub(
@@ -274,14 +278,18 @@ class Eraser:
             CheckpointError: there is neither, or what it holds is torn, or was changed.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load as from_bytes
 
         home, origin = hub.fetch(folder, revision=revision, files=ERASER)
         if not (home / "eraser.json").exists():
             raise InputError(f"{home} holds no eraser.json; save one with eraser.save(folder)")
         try:
             card = json.loads((home / "eraser.json").read_text(encoding="utf-8"))
-            found = _built(card, load_file(home / "eraser.safetensors"))
+            content = (home / "eraser.safetensors").read_bytes()
+            if isinstance(card, dict) and "digest" in card:  # older ones have none
+                if card["digest"] != hashlib.sha256(content).hexdigest():
+                    raise ValueError("eraser.json and eraser.safetensors do not belong together")
+            found = _built(card, from_bytes(content))
             return hub.remembered(found, origin)
         except (
             OSError,
@@ -290,6 +298,7 @@ class Eraser:
             TypeError,
             LookupError,
             RecursionError,
+            ArithmeticError,
         ) as error:
             raise CheckpointError(
                 f"{home} does not hold an eraser as this version writes it ({brief(error)}); save "

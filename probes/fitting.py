@@ -1,6 +1,7 @@
 """fit_probe: cross-fit a probe on states, with the controls that its accuracy must beat."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int
 
 from imaginelens.estimates.inputs import check_groups
 from imaginelens.hooks.errors import InputError
-from imaginelens.probes.estimators import Probe, encoded, probe
+from imaginelens.probes.estimators import Probe, encoded, probe, restored
 from imaginelens.probes.frames import States as Rows
 from imaginelens.probes.label_controls import control_labels, random_features, shuffles
 from imaginelens.probes.readouts import Scores
@@ -16,6 +17,11 @@ from imaginelens.probes.result import CONTROL_TASK, RANDOM_FEATURES, SHUFFLED, P
 from imaginelens.probes.selecting import Selection, regrouped, select
 from imaginelens.probes.splitting import folds
 from imaginelens.probes.states import States
+from imaginelens.probes.streamed_rows import Streamed
+from imaginelens.probes.streaming import Streaming, streams
+from imaginelens.probes.streaming import cross_fit as streaming
+
+FEW = 20  # permutations of rows that are streamed
 
 
 def fit_probe(
@@ -33,6 +39,7 @@ def fit_probe(
     controls: Sequence[str] | None = None,
     permutations: int | None = None,
     strengths: tuple[float, ...] | None = None,
+    stream: bool | None = None,
 ) -> ProbeResult:
     """Ask whether labels can be read from states, and from what else they can be read as well.
 
@@ -60,6 +67,9 @@ def fit_probe(
             of `states.controls`; all if left out, none for ().
         permutations: of the labels; each kind has its own default, 20 or more.
         strengths: the penalties to choose among.
+        stream: "ridge" and "logistic" can read the rows block by block, as often as needed, with
+            the same results (20 permutations, if left out). None: where states lie on the disk and
+            would take more than 128 MiB in float64.
 
     Raises:
         InputError: unknown kinds, sites, steps or controls; labels that are missing, of the wrong
@@ -75,7 +85,8 @@ def fit_probe(
     chosen = probe(kind, **settings)
     if not isinstance(kind, Probe) and "seed" in chosen.get_params():
         chosen.set_params(seed=seed)
-    rows = select(given, step=step, site=site, pool=pool, takes_sets=chosen.sets)
+    possible = stream if stream is not None or streams(chosen) else False
+    rows = select(given, step=step, site=site, pool=pool, takes_sets=chosen.sets, stream=possible)
     wanted = _wanted(controls, given)
     chosen.check_labels(rows.y)
     if rows.groups is not None:
@@ -92,7 +103,8 @@ def fit_probe(
             raise InputError("types= has a single type, to which no random labels can be given")
         notes += _on_types(kinds_of, split)
     if SHUFFLED in wanted:
-        count = chosen.permutations if permutations is None else permutations
+        own = FEW if isinstance(rows.x, Streamed) else chosen.permutations
+        count = own if permutations is None else permutations
         if count < 20:
             raise InputError(
                 f"{count} permutations cannot give a p-value below 0.05; use 20 or more, or leave "
@@ -104,25 +116,19 @@ def fit_probe(
             notes += (f"the labels can be shuffled in {round(np.exp(amount))} ways only",)
 
     n_classes = None if classes is None else len(classes)
-    scores = cross_fit(chosen, rows.x, labellings, n_classes, split, rows.groups)
+    kept = len(labellings) - count
+    made = _crossed(chosen, rows.x, labellings, n_classes, split, rows.groups, kept=kept)
     against = baseline(target, n_classes, split)
-    reached = [
-        outcome(found, labels, baseline(labels, n_classes, split), n_classes)
-        for found, labels in zip(scores, labellings, strict=True)
-    ]
     beside: dict[str, Float[np.ndarray, " row"]] = {}
     if CONTROL_TASK in wanted:
-        beside[CONTROL_TASK] = reached[1]
-    shuffled = np.array(
-        [
-            rate(each, baseline(labels, n_classes, split), n_classes)
-            for each, labels in zip(reached[-count:], labellings[-count:], strict=True)
-        ]
-        if count
-        else []
-    )
+        labels = labellings[1]
+        own_chance = baseline(labels, n_classes, split)
+        beside[CONTROL_TASK] = outcome(made.scores[1], labels, own_chance, n_classes)
     if RANDOM_FEATURES in wanted:
-        drawn = random_features(rows.x, seed=seed)
+        if isinstance(rows.x, Streamed):
+            drawn: Any = rows.x.random(seed=seed)
+        else:
+            drawn = random_features(rows.x, seed=seed)
         (found,) = cross_fit(chosen, drawn, [target], n_classes, split, rows.groups)
         beside[RANDOM_FEATURES] = outcome(found, target, against, n_classes)
     for name in wanted:
@@ -131,7 +137,7 @@ def fit_probe(
                 chosen, given.controls[name], rows, target, n_classes, split, against
             )
 
-    first = scores[0]
+    first = made.scores[0]
     return ProbeResult(
         kind=chosen.kind,
         label=given.label,
@@ -145,22 +151,78 @@ def fit_probe(
         probabilities=None if classes is None else chosen.probabilities(first),
         baseline=against,
         beside=beside,
-        shuffled=shuffled,
-        probe=probe(chosen).fit(rows.x, rows.y, rows.groups),
+        shuffled=made.rates,
+        probe=_fitted(chosen, rows, classes, made),
         n_steps=given.shape[1] if rows.way == "beside" else 1,
         notes=notes,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Crossed:
+    """Scores out of fold of the first labellings, and the rates of all others.
+
+    Attributes:
+        whole: what a probe learned of all rows in the same readings, if they were streamed.
+    """
+
+    scores: list[Scores]
+    rates: Float[np.ndarray, " shuffle"]
+    whole: Streaming | None = None
+
+
+def _crossed(
+    kind: Probe,
+    x: Rows | Streamed,
+    labellings: Sequence[np.ndarray],
+    n_classes: int | None,
+    split: Int[np.ndarray, " row"],
+    groups: Int[np.ndarray, " row"] | None,
+    *,
+    kept: int,
+) -> _Crossed:
+    """Cross-fit all labellings, of which scores are kept for the first ones."""
+
+    def chance(labels: np.ndarray) -> np.ndarray:
+        return baseline(labels, n_classes, split)
+
+    if not isinstance(x, Streamed):
+        scores = cross_fit(kind, x, labellings, n_classes, split, groups)
+        others = zip(scores[kept:], labellings[kept:], strict=True)
+        rates = [
+            rate(outcome(each, y, chance(y), n_classes), chance(y), n_classes) for each, y in others
+        ]
+        return _Crossed(scores[:kept], np.array(rates))
+    made = streaming(kind, x, labellings, n_classes, split, groups, kept=kept, whole=True)
+    rates = made.reached.tolist()
+    if n_classes is None:
+        sums = [max(chance(y).sum(), 1e-300) for y in labellings[kept:]]
+        rates = [1 - error / total for error, total in zip(rates, sums, strict=True)]
+    return _Crossed(made.scores, np.array(rates), made)
+
+
+def _fitted(kind: Probe, rows: Selection, classes: Any, made: _Crossed) -> Probe:
+    """A probe that was fitted to all rows."""
+    if made.whole is None:
+        return probe(kind).fit(rows.x, rows.y, rows.groups)
+    assert made.whole.readout is not None
+    found = restored(kind.kind, kind.get_params(), classes, made.whole.readout.arrays)
+    found.strength_ = made.whole.strength
+    return found
+
+
 def cross_fit(
     kind: Probe,
-    x: Rows,
+    x: Rows | Streamed,
     labellings: Sequence[np.ndarray],
     n_classes: int | None,
     split: Int[np.ndarray, " row"],
     groups: Int[np.ndarray, " row"] | None,
 ) -> list[Scores]:
     """The scores of each row, under each labelling, by probes that were fitted on other folds."""
+    if isinstance(x, Streamed):
+        kept = len(labellings)
+        return streaming(kind, x, labellings, n_classes, split, groups, kept=kept).scores
     found = [np.zeros((len(x), n_classes or 1)) for _ in labellings]
     rows = kind._rows(x)
     for k in np.unique(split):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from imaginelens.probes.estimators import Probe
 from imaginelens.probes.frames import Design, deal
 from imaginelens.probes.readouts import Linear, Readout, Scores
-from imaginelens.probes.softmax import ROUGH, Softmax, losses
+from imaginelens.probes.softmax import ROUGH, Softmax
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 INNER_FOLDS = 3
@@ -41,7 +41,8 @@ class LogisticProbe(Probe):
         if len(self.strengths) > 1:
             repeated, used = inner_folds(y, design.groups, self.seed)
             inner = Softmax.of(z, repeated, n_classes=n_classes, used=used)
-            chosen = choose(inner, ~used, self.strengths, design.frame.size, len(y))
+            sizes = np.full(len(y), design.frame.size)
+            chosen = choose(inner, self.strengths, sizes)
         fits = Softmax.of(z, y, n_classes=n_classes)
         weights, biases = fits.outside(fits.fit(chosen * max(design.frame.size, 1e-12)))
         return [
@@ -124,23 +125,25 @@ def inner_folds(
 
 
 def choose(
-    fits: Softmax, held: Any, strengths: tuple[float, ...], size: float, n_labellings: int
+    fits: Any, strengths: tuple[float, ...], sizes: Float[np.ndarray, " labelling"]
 ) -> Float[np.ndarray, " labelling"]:
     """The strength with the lowest log loss of held-out rows, for each label vector.
+
+    `fits` are a `Softmax`, or what fits as it does, of INNER_FOLDS fits for each label vector.
 
     Strengths are tried from the strongest down, each from where the one before ended, and no weaker
     one once the loss has risen: most shuffled labels are done after two.
     """
     falling = np.array(sorted(strengths, reverse=True), dtype=np.float64)
-    best = np.full(n_labellings, np.inf)
-    chosen = np.full(n_labellings, falling[0])
-    live, start = np.arange(n_labellings), None
+    best = np.full(len(sizes), np.inf)
+    chosen = np.full(len(sizes), falling[0])
+    live, start = np.arange(len(sizes)), None
     for strength in falling:
         rows = (live[:, None] * INNER_FOLDS + np.arange(INNER_FOLDS)).ravel()
         some = fits.some(rows)
-        penalty = np.full(len(rows), strength * max(size, 1e-12))
+        penalty = np.repeat(strength * np.maximum(sizes[live], 1e-12), INNER_FOLDS)
         found = some.fit(penalty, start, tolerance=ROUGH)
-        loss = losses(some.scores(found), some.truth, held[rows]).reshape(len(live), -1).sum(1)
+        loss = some.unseen(found).reshape(len(live), -1).sum(1)
         better = loss < best[live]
         best[live[better]], chosen[live[better]] = loss[better], strength
         live, start = live[better], found[np.repeat(better, INNER_FOLDS)]

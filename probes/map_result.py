@@ -1,5 +1,6 @@
 """ProbeMap: how well a label is read from every step and layer, with controls and tests."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 
 from imaginelens.estimates import Estimate, EstimateError
 from imaginelens.hooks import hub
-from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.appearing import alone, appearing
+from imaginelens.hooks.errors import CheckpointError, InputError, brief
 from imaginelens.probes.grid_text import lines
 from imaginelens.probes.hub import MAP, push
 from imaginelens.probes.map_tests import Adjust, adjusted, pvalues
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 Grid = Float[np.ndarray, "step site"]
 _VERSION = 1
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError,
+)  # fmt: skip
 _ARRAYS = ("scores", "error", "chance", "null", "penalties", "groups")
 _WORDS = ("sites", "kind", "label", "at", "n_folds", "seed", "adjust", "level", "notes")
 
@@ -241,6 +244,9 @@ class ProbeMap:
     def save(self, folder: str | Path) -> None:
         """Write `map.safetensors` and `map.json` into a folder.
 
+        Raises:
+            InputError: it holds a map already.
+
         >>> import tempfile
         >>> made = ProbeMap(("layer 0",), np.ones((1, 1, 4)), None, np.ones(1) / 2,
         ...                 np.full((1, 1, 20), 0.5))
@@ -249,19 +255,22 @@ class ProbeMap:
         ...     ProbeMap.load(folder).accuracy.tolist()
         [[1.0]]
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"control:{name}": found for name, found in self.control_scores.items()}
         kept = {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
-        with appearing(path / "map.safetensors") as partial:
-            save_file(kept, partial)
+        content = save(kept)
         words = {"version": _VERSION} | {name: getattr(self, name) for name in _WORDS}
         words["controls"] = list(self.control_scores)
-        with appearing(path / "map.json") as partial:
-            partial.write_text(json.dumps(words, indent=1) + "\n")
+        words["digest"] = hashlib.sha256(content).hexdigest()
+        text = json.dumps(words, indent=1) + "\n"
+        with alone(path, proof="map.json"):
+            with appearing(path / "map.safetensors") as partial:
+                partial.write_bytes(content)
+            with appearing(path / "map.json") as partial:
+                partial.write_text(text)
 
     def push_to_hub(
         self,
@@ -293,14 +302,17 @@ class ProbeMap:
             CheckpointError: a file is missing or holds something else.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load as from_bytes
 
         path, origin = hub.fetch(folder, revision=revision, files=MAP)
         try:
             words: dict[str, Any] = json.loads((path / "map.json").read_text())
             if words.pop("version") != _VERSION:
                 raise CheckpointError(f"{path} was written by another version; make the map again")
-            arrays: dict[str, Any] = dict(load_file(path / "map.safetensors"))
+            content = (path / "map.safetensors").read_bytes()
+            if "digest" in words and words.pop("digest") != hashlib.sha256(content).hexdigest():
+                raise ValueError("map.json and map.safetensors do not belong together")
+            arrays: dict[str, Any] = dict(from_bytes(content))
             names = [name for name in arrays if name.startswith("control:")]
             found = {name.removeprefix("control:"): arrays.pop(name) for name in names}
             controls = {name: found[name] for name in words.pop("controls")}
@@ -313,7 +325,8 @@ class ProbeMap:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{path} holds no probe map as this version writes it ({error}); make it again"
+                f"{path} holds no probe map as this version writes it ({brief(error)}); make it "
+                "again"
             ) from error
 
     # ---- parts -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from PIL import Image
 
 from imaginelens.estimates import power_effect, sample_size
 from imaginelens.hooks.answers import letter
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import InputError, brief, quoted
 from imaginelens.hooks.inputs import pictures_of
 from imaginelens.hooks.metrics import same
 
@@ -158,7 +158,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"line {number} of {str(path)!r} is no JSON ({error})") from error
+            raise InputError(
+                f"line {number} of {str(path)!r} is no JSON ({brief(error)})"
+            ) from error
 
 
 def _question(raw: Any, i: int, folder: Path | None, suffix: str) -> Question:
@@ -175,15 +177,24 @@ def _question(raw: Any, i: int, folder: Path | None, suffix: str) -> Question:
             raise InputError(f"question {i} has a {type(raw[name]).__name__} as {name}, not a text")
     images = raw["images"]
     if folder is not None:
-        images = [_open(folder / name, i) for name in _listed(images)]
+        names = _listed(images)
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise InputError(
+                f"question {i} has a {type(odd[0]).__name__} among its images, not a path"
+            )
+        images = [_open(folder / name, i) for name in names]
     example = {"images": images, "text": raw["text"]}
     pictures_of(example)  # refuses what is no picture
-    options = tuple(raw.get("options") or ())
+    listed = raw.get("options") or ()
+    if not isinstance(listed, list | tuple):
+        raise InputError(f"question {i} has a {type(listed).__name__} as options, not a list")
+    options = tuple(listed)
     if not options:
         return Question(example, raw["probe"], raw["answer"], (), raw.get("group"))
     if not 2 <= len(options) <= len(_LETTERS) or len(set(map(str, options))) < len(options):
         raise InputError(
-            f"question {i} has the options {options}; give 2 to {len(_LETTERS)} different ones"
+            f"question {i} has the options {quoted(options)}; give 2 to {len(_LETTERS)} different "
+            "ones"
         )
     written = [f"{mark}. {option}" for mark, option in zip(_LETTERS, options, strict=False)]
     probe = "\n".join([raw["probe"], *written]) + suffix
@@ -195,7 +206,9 @@ def _right(answer: str, options: tuple[str, ...], i: int) -> str:
     spelled = [option for option in options if same(option, answer)]
     number = _LETTERS.find(answer.strip()) if len(answer.strip()) == 1 else -1
     if not spelled and not 0 <= number < len(options):
-        raise InputError(f"the answer {answer!r} of question {i} is none of its options {options}")
+        raise InputError(
+            f"the answer {quoted(answer)} of question {i} is none of its options {quoted(options)}"
+        )
     return spelled[0] if spelled else options[number]
 
 
@@ -207,7 +220,7 @@ def _open(path: Path, i: int) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"the picture {str(path)!r} of question {i} cannot be read: {error}"
-        ) from (error)
+            f"the picture {quoted(str(path))} of question {i} cannot be read: {brief(error)}"
+        ) from error

@@ -14,14 +14,16 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from imaginelens.hooks import hub
-from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError
+from imaginelens.hooks.appearing import alone, appearing
+from imaginelens.hooks.errors import CheckpointError, brief, quoted
 from imaginelens.probes.estimators import restored
 from imaginelens.probes.result import ProbeResult
 
 VERSION = 1
 ARRAYS, WORDS, CARD = "probe.safetensors", "probe.json", hub.CARD
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError,
+)  # fmt: skip
 OWN = ("rows", "steps", "groups", "folds", "probabilities", "baseline", "shuffled")
 PLAIN = ("kind", "label", "where", "n_steps")
 
@@ -30,7 +32,6 @@ def save(result: ProbeResult, folder: Path, *, license: str | None = None) -> Pa
     """Write a result to a folder; the file with the words comes last, and is the proof."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder!s} is a file; give a folder to save the probe to")
-    folder.mkdir(parents=True, exist_ok=True)
     content = to_bytes({n: np.ascontiguousarray(each) for n, each in _arrays(result).items()})
     words = {
         "format": VERSION,
@@ -44,9 +45,11 @@ def save(result: ProbeResult, folder: Path, *, license: str | None = None) -> Pa
         "verdict": result.verdict(),
         "summary": result.summary(),
     }
-    _write(folder / ARRAYS, content)
-    _write(folder / CARD, card(result, license=license).encode())
-    _write(folder / WORDS, json.dumps(words, indent=1, allow_nan=False).encode())
+    text = json.dumps(words, indent=1, allow_nan=False)
+    with alone(folder):  # an earlier probe is replaced
+        _write(folder / ARRAYS, content)
+        _write(folder / CARD, card(result, license=license).encode())
+        _write(folder / WORDS, text.encode())
     return folder
 
 
@@ -67,8 +70,9 @@ def load_probe(folder: str | Path) -> ProbeResult:
         content = (path / ARRAYS).read_bytes()
         if words["format"] != VERSION:
             raise CheckpointError(
-                f"{path!s} has format {words['format']!r}, and this version of imaginelens reads "
-                f"{VERSION}; read it with imaginelens {words.get('imaginelens')}"
+                f"{path!s} has format {quoted(words['format'])}, and this version of "
+                f"imaginelens reads {VERSION}; read it with imaginelens "
+                f"{brief(words.get('imaginelens'))}"
             )
         if words["digest"] != hashlib.sha256(content).hexdigest():
             raise CheckpointError(
@@ -77,7 +81,8 @@ def load_probe(folder: str | Path) -> ProbeResult:
         return _built(words, from_bytes(content))
     except (*_UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
-            f"{path!s} does not hold a probe as this version writes it ({error}); save it again"
+            f"{path!s} does not hold a probe as this version writes it ({brief(error)}); save it "
+            "again"
         ) from error
 
 

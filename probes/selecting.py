@@ -7,10 +7,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from imaginelens.hooks.errors import InputError
-from imaginelens.probes.states import States
+from imaginelens.probes.states import InMemory, States
+from imaginelens.probes.streamed_rows import Streamed
 
 Way = Literal["step", "beside", "mean", "each", "set"]
 Rows = Float[np.ndarray, "row d_model"] | Float[np.ndarray, "row step d_model"]
+
+HELD = 2**27  # bytes of states in float64; fitting makes several copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,7 @@ class Selection:
     """
 
     way: Way
-    x: Rows
+    x: Rows | Streamed
     y: Shaped[np.ndarray, " row"]
     rows: Int[np.ndarray, " row"]
     steps: Int[np.ndarray, " row"]
@@ -35,8 +38,8 @@ class Selection:
     where: str
     notes: tuple[str, ...] = ()
 
-    def of_control(self, control: States) -> tuple[Rows, Bool[np.ndarray, " row"]]:
-        """The same rows of a control, and which of them it has."""
+    def of_control(self, control: States) -> tuple[Rows | Streamed, Bool[np.ndarray, " row"]]:
+        """The same rows of a control, and which of them it has; streamed where these are."""
         layer: str | int = self.site if self.site in control.sites else 0
         if len(control.sites) > 1 and layer == 0:
             raise InputError(
@@ -51,6 +54,9 @@ class Selection:
         way, steps = self.way, self.steps
         if control.shape[1] == 1:  # an example's picture has no steps
             way, steps = ("set" if self.way == "set" else "step"), np.zeros_like(self.steps)
+        if isinstance(self.x, Streamed):
+            found = streamed(control, way, layer, self.rows, steps)
+            return found, there(control, way, self.rows, steps)
         return read(control, way, layer, self.rows, steps)
 
 
@@ -61,8 +67,13 @@ def select(
     site: str | int | None,
     pool: str | None,
     takes_sets: bool,
+    stream: bool | None = False,
 ) -> Selection:
     """Choose the rows that a probe reads; see `fit_probe` for what is chosen when.
+
+    Args:
+        stream: leave the states where they are, to be read block by block; None for those that are
+            on the disk and would take more than `HELD` bytes.
 
     Raises:
         InputError: there are no labels, several sites and none named, or steps that some examples
@@ -91,10 +102,30 @@ def select(
             "cannot stand side by side; give step=, pool='mean', or kind='attentive', which takes "
             "what there is"
         )
-    x, _ = read(states, way, place, rows, steps)
+    lying = streamed(states, way, place, rows, steps)
+    held = 8 * len(rows) * lying.width <= HELD or isinstance(states.cells, InMemory)
+    holds = stream is False or (stream is None and held)
+    x = read(states, way, place, rows, steps)[0] if holds else lying
     y = np.concatenate([_labels(states, t, rows[steps == t]) for t in np.unique(steps).tolist()])
     groups, notes = _groups(states, rows, way)
     return Selection(way, x, y, rows, steps, groups, place, _words(states, way, place, step), notes)
+
+
+def there(states: States, way: Way, rows: Any, steps: Any) -> Bool[np.ndarray, " row"]:
+    """Which rows have all that they need."""
+    if way in ("step", "each"):
+        return states.mask[rows, steps]
+    return states.mask[rows].all(1) if way == "beside" else states.mask[rows].any(1)
+
+
+def streamed(states: States, way: Way, site: str | int, rows: Any, steps: Any) -> Streamed:
+    """The same rows as `read` gives, read as they are needed."""
+
+    def fetch(some: Any, at: Any) -> np.ndarray:
+        return read(states, way, site, some, at)[0]
+
+    width = states.shape[3] * (states.shape[1] if way == "beside" else 1)
+    return Streamed(fetch, rows, steps, width)
 
 
 def read(
@@ -102,19 +133,20 @@ def read(
 ) -> tuple[Rows, Bool[np.ndarray, " row"]]:
     """The states of some rows, and which of them are there."""
     layer, n_steps = states.layer(site), states.shape[1]
+    has = there(states, way, rows, steps)
     if way in ("step", "each"):
         x = np.zeros((len(rows), states.shape[3]))
         for t in np.unique(steps).tolist():
             x[steps == t] = states.cells.read(t, layer, rows[steps == t])
-        return x, states.mask[rows, steps]
-    there = states.mask[rows]
+        return x, has
+    held = states.mask[rows]
     each = np.stack([states.cells.read(t, layer, rows) for t in range(n_steps)], axis=1)
-    each = np.where(there[..., None], each.astype(np.float64), 0.0)
+    each = np.where(held[..., None], each.astype(np.float64), 0.0)
     if way == "beside":
-        return each.reshape(len(rows), -1), there.all(1)
+        return each.reshape(len(rows), -1), has
     if way == "mean":
-        return each.sum(1) / np.maximum(there.sum(1), 1)[:, None], there.any(1)
-    return np.where(there[..., None], each, np.nan), there.any(1)
+        return each.sum(1) / np.maximum(held.sum(1), 1)[:, None], has
+    return np.where(held[..., None], each, np.nan), has
 
 
 def regrouped(states: States, groups: Any) -> States:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.errors import CheckpointError, InputError, brief, quoted
 from imaginelens.probes.states import Cells, States
 
 VERSION = 1
@@ -116,6 +116,8 @@ class OnDisk:
     Attributes:
         stamp: what the shards of this folder say they belong to.
         mask: which steps each example has.
+        checked: what has been compared with its digest since it was last written, so that states
+            which are read many times are not compared many times.
     """
 
     folder: Path
@@ -125,6 +127,7 @@ class OnDisk:
     layers: int
     width: int
     dtype: str
+    checked: set[tuple[str, str, int]] = field(default_factory=set)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -140,14 +143,15 @@ class OnDisk:
             CheckpointError: a shard is missing or torn.
         """
         found = np.zeros((len(rows), self.width), dtype=self.dtype)
-        for number, shard in enumerate(self.shards):
-            own = (rows >= shard.start) & (rows < shard.stop)
-            there = own & self.mask[rows, step]
-            if not there.any():
-                continue
+        wanted = self.mask[rows, step]
+        starts = np.array([shard.start for shard in self.shards])
+        of_row = np.searchsorted(starts, rows, side="right") - 1
+        for number in np.unique(of_row[wanted]).tolist():
+            shard = self.shards[number]
+            there = wanted & (of_row == number)
             held = np.flatnonzero(self.mask[shard.start : shard.stop, step])
             with _opened(self.folder / SHARD.format(number), self.stamp) as file:
-                values = file.tensor(f"{layer}.{step}")
+                values = file.tensor(f"{layer}.{step}", self.checked)
             if values.shape != (len(held), self.width):
                 raise CheckpointError(
                     f"{self.folder / SHARD.format(number)!s} has {values.shape} states at layer "
@@ -467,10 +471,15 @@ class _Shard:
     file: Any
     header: Mapping[str, Any]
 
-    def tensor(self, name: str) -> np.ndarray:
+    def tensor(self, name: str, checked: set[tuple[str, str, int]] | None = None) -> np.ndarray:
         array = np.asarray(self.file.get_tensor(name))
+        this = self.path.name, name, self.path.stat().st_mtime_ns
+        if checked is not None and this in checked:
+            return array
         if _digest(array) != self.header["digests"][name]:
             raise ValueError(f"{name} has changed since it was written")
+        if checked is not None:
+            checked.add(this)
         return array
 
 
@@ -500,7 +509,7 @@ def _opened(path: Path, stamp: str) -> Iterator[_Shard]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path!s} is torn or no shard of states ({error}); remove it and call "
+            f"{path!s} is torn or no shard of states ({brief(error)}); remove it and call "
             "collect(..., out=) again with the same arguments"
         ) from error
 
@@ -524,7 +533,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path!s} cannot be read ({error}); it is not the file that collect wrote"
+            f"{path!s} cannot be read ({brief(error)}); it is not the file that collect wrote"
         ) from error
     _check_version(found, path)
     plan, words = found.get("plan"), found.get("words")
@@ -534,15 +543,43 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{path!s} does not say what was collected ({', '.join(_PLAN)}); it is not the file "
             "that collect wrote"
         )
+    if odd := _odd(plan, words):
+        raise CheckpointError(
+            f"{path!s} has {quoted(odd[1])} as {odd[0]}; it is not the file that collect wrote"
+        )
     return dict(found)
+
+
+def _odd(plan: Mapping[str, Any], words: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first thing in a manifest that is not of its kind, by name; None if there is none."""
+    for name in ("n", "shard_size"):
+        if type(plan[name]) is not int or not 0 < plan[name] < 10**12:
+            return name, plan[name]
+    if plan["n"] > 10**6 * plan["shard_size"]:  # the names of shards have six digits
+        return "n", plan["n"]
+    held = {**{k: plan.get(k) for k in ("sites", "keys")}, **words}
+    for name in ("sites", "keys", "groups", "labels", "notes"):
+        if not isinstance(held.get(name), list | None) or (name == "sites" and not held[name]):
+            return name, held.get(name)
+    for name in ("sites", "keys", "notes"):
+        for each in held.get(name) or ():
+            if not isinstance(each, str):
+                return name, each
+    for name in ("groups", "labels"):
+        for each in held.get(name) or ():  # labels may be one for each step of each example
+            several = each if isinstance(each, list) and name == "labels" else [each]
+            if not all(isinstance(one, str | int | float | None) for one in several):
+                return name, each
+    texts = (("at", plan.get("at")), ("dtype", plan.get("dtype")), ("label", words.get("label")))
+    return next((one for one in texts if not isinstance(one[1], str | None)), None)
 
 
 def _check_version(found: Any, path: Path) -> None:
     version = found.get("version") if isinstance(found, dict) else None
     if version != VERSION:
         raise CheckpointError(
-            f"{path!s} has the version {version!r} of the format of states, and this version of "
-            f"imaginelens reads {VERSION}; read it with the version that wrote it"
+            f"{path!s} has the version {quoted(version)} of the format of states, and this "
+            f"version of imaginelens reads {VERSION}; read it with the version that wrote it"
         )
 
 

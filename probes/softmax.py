@@ -9,7 +9,9 @@ the curvature, which is diagonal in the singular vectors of centred rows, and re
 overshoots (O'Donoghue and Candes 2015, Found. Comput. Math. 15:715-732).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -80,23 +82,11 @@ class Softmax:
         # two classes have two opposite weights of half the length of scikit-learn's one
         ridge = np.repeat(penalty[:, None, None] * (2 if n_classes == 2 else 1), width, axis=1)
         ridge[:, -1] = 0.0
-        curvature = np.maximum(curvature + ridge, 1e-12)
-        live, ahead, pace = np.arange(n_fits), w.copy(), np.ones((n_fits, 1, 1))
-        for step in range(1, steps + 1):
-            slope = self._slope(ahead[live], live) + ridge[live] * ahead[live]
-            move = slope / curvature[live]
-            new = ahead[live] - move
-            gone = new - w[live]
-            wrong = (slope * gone).sum((1, 2)) > 0  # past the lowest point: lose the momentum
-            next_pace = (1 + np.sqrt(1 + 4 * pace[live] ** 2)) / 2
-            push = np.where(wrong[:, None, None], 0.0, (pace[live] - 1) / next_pace)
-            pace[live] = np.where(wrong[:, None, None], 1.0, next_pace)
-            w[live], ahead[live] = new, new + push * gone
-            if step % LOOK == 0:
-                live = live[(slope * move).sum((1, 2)) > tolerance]
-                if not len(live):
-                    break
-        return w
+
+        def slope(at: np.ndarray, live: np.ndarray) -> np.ndarray:
+            return self._slope(at, live) + ridge[live] * at
+
+        return descend(w, slope, curvature + ridge, tolerance=tolerance, steps=steps)
 
     def some(self, fits: Int[np.ndarray, " fit"]) -> "Softmax":
         """Some of the fits."""
@@ -112,6 +102,10 @@ class Softmax:
     def scores(self, w: Float[np.ndarray, "..."]) -> Float[np.ndarray, "fit row class"]:
         """The scores of all rows, of the weights that `fit` gave."""
         return self._scores(w, np.arange(len(w)))
+
+    def unseen(self, w: Float[np.ndarray, "..."]) -> Float[np.ndarray, " fit"]:
+        """The summed log loss of the rows that each fit was not learned from."""
+        return losses(self.scores(w), self.truth, self.weight == 0)
 
     def outside(
         self, w: Float[np.ndarray, "..."]
@@ -142,6 +136,40 @@ class Softmax:
             found = (self.scaled.T @ flat).reshape(-1, len(live), w.shape[2])
             slope[:, :-1] = found.transpose(1, 0, 2)
         return slope
+
+
+def descend(
+    w: Float[np.ndarray, "fit coordinate_and_bias class"],
+    slope: Callable[[Any, Any], Any],
+    curvature: Float[np.ndarray, "fit coordinate_and_bias one"],
+    *,
+    tolerance: float = EXACT,
+    steps: int = 500,
+) -> Float[np.ndarray, "fit coordinate_and_bias class"]:
+    """Go down from w, every fit at its own pace, until all of them are done.
+
+    Args:
+        slope: the gradient at the weights of some fits, given with the numbers of these fits.
+        curvature: at least that of each coordinate.
+    """
+    n_fits = len(w)
+    curvature = np.maximum(curvature, 1e-12)
+    live, ahead, pace = np.arange(n_fits), w.copy(), np.ones((n_fits, 1, 1))
+    for step in range(1, steps + 1):
+        down = slope(ahead[live], live)
+        move = down / curvature[live]
+        new = ahead[live] - move
+        gone = new - w[live]
+        wrong = (down * gone).sum((1, 2)) > 0  # past the lowest point: lose the momentum
+        next_pace = (1 + np.sqrt(1 + 4 * pace[live] ** 2)) / 2
+        push = np.where(wrong[:, None, None], 0.0, (pace[live] - 1) / next_pace)
+        pace[live] = np.where(wrong[:, None, None], 1.0, next_pace)
+        w[live], ahead[live] = new, new + push * gone
+        if step % LOOK == 0:
+            live = live[(down * move).sum((1, 2)) > tolerance]
+            if not len(live):
+                break
+    return w
 
 
 def losses(

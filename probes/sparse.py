@@ -57,7 +57,7 @@ class SparseProbe(Probe):
         if len(self.strengths) > 1:
             repeated, used = inner_folds(y, design.groups, self.seed)
             inner, _ = self._fits(z, repeated, used, n_classes)
-            chosen = choose(inner, ~used, self.strengths, k, len(y))
+            chosen = choose(inner, self.strengths, np.full(len(y), float(k)))
         fits, coordinates = self._fits(z, y, everything, n_classes)
         found: list[tuple[Readout, float | None]] = []
         solved = zip(*fits.outside(fits.fit(chosen * k)), coordinates, chosen, strict=True)

@@ -13,13 +13,15 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 from imaginelens.hooks import hub
-from imaginelens.hooks.appearing import appearing
-from imaginelens.hooks.errors import CheckpointError, InputError
+from imaginelens.hooks.appearing import alone, appearing
+from imaginelens.hooks.errors import CheckpointError, InputError, brief
 from imaginelens.probes.tuned_lens import TunedLens
 from imaginelens.probes.tuned_training import bits
 
 WEIGHTS, WORDS, CARD = "tuned_lens.safetensors", "tuned_lens.json", hub.CARD
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError,
+)  # fmt: skip
 VERSION = 1
 
 
@@ -27,7 +29,6 @@ def save(lens: TunedLens, folder: Path, *, license: str | None = None) -> Path:
     """Write a lens to a folder; the file with the words comes last, and is the proof."""
     if (folder / WORDS).exists():
         raise InputError(f"{str(folder)!r} holds a tuned lens already; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"weight/{s}": w.contiguous().cpu() for s, w in lens.weights.items()}
     tensors |= {f"bias/{s}": b.contiguous().cpu() for s, b in lens.biases.items()}
     for name, found in (("kl_before", lens.kl_before), ("kl_after", lens.kl_after)):
@@ -42,11 +43,13 @@ def save(lens: TunedLens, folder: Path, *, license: str | None = None) -> Path:
         "model": lens.model,
         "groups": None if groups is None else [str(group) for group in groups],
     }
-    with appearing(folder / WEIGHTS) as partial:
-        partial.write_bytes(content)
-    (folder / CARD).write_text(card(lens, license=license), encoding="utf-8")
-    with appearing(folder / WORDS) as partial:
-        partial.write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    with alone(folder, proof=WORDS):
+        with appearing(folder / WEIGHTS) as partial:
+            partial.write_bytes(content)
+        with appearing(folder / CARD) as partial:
+            partial.write_text(card(lens, license=license), encoding="utf-8")
+        with appearing(folder / WORDS) as partial:
+            partial.write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -63,8 +66,8 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> TunedLe
         return hub.remembered(_built(words, from_bytes(content)), origin)
     except (*_UNREADABLE, SafetensorError) as error:
         raise CheckpointError(
-            f"{str(name)!r} does not hold a tuned lens that can be read ({error}); make one with "
-            "TunedLens.fit(...).save(folder)"
+            f"{str(name)!r} does not hold a tuned lens that can be read ({brief(error)}); make "
+            "one with TunedLens.fit(...).save(folder)"
         ) from error
 
 
@@ -106,6 +109,16 @@ print(tuned(lens, lens.run(inputs)))
 
 def _built(words: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> TunedLens:
     sites, groups = tuple(words["sites"]), words["groups"]
+    for site in sites:
+        weight, bias = tensors[f"weight/{site}"], tensors[f"bias/{site}"]
+        if bias.dim() != 1 or tuple(weight.shape) != 2 * tuple(bias.shape):
+            raise ValueError(
+                f"{site} has weights {tuple(weight.shape)} and a bias {tuple(bias.shape)}"
+            )
+        if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (weight, bias)):
+            raise ValueError(f"the translator of {site} is not of finite numbers")
+    if not sites or not all(isinstance(words[name], str) for name in ("at", "model")):
+        raise ValueError("it has no sites, or does not say what it belongs to")
     return TunedLens(
         sites,
         {s: tensors[f"weight/{s}"] for s in sites},

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "view": BELOW_VIEW | {"view"},
     "cli": BELOW_VIEW | {"view", "cli"},
     "__main__": {"cli"},
-    "__init__": BELOW_VIEW | {"view"},
+    "removed": set(),
+    "__init__": BELOW_VIEW | {"view", "removed"},
 }
 DRAW = {"plot", "_repr_html_"}  # methods that may import view, when called
 HEAVY = {"transformer_lens", "plotly", "anywidget", "sklearn", "pandas", "trl", "datasets"}

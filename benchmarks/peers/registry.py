@@ -37,6 +37,7 @@ class Peer:
         python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         wanted, installed = self.requirements.read_text(), folder / "installed.txt"
         if not installed.exists() or installed.read_text() != wanted:
+            print(f"{self.name}: installing into {folder} (some minutes, once)", file=sys.stderr)
             venv.create(folder, with_pip=True)
             command = [str(python), "-m", "pip", "install", "-q", "-r", str(self.requirements)]
             subprocess.run(command, check=True)

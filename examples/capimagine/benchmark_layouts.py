@@ -42,7 +42,7 @@ from PIL import Image
 from examples.capimagine import chains
 from examples.capimagine.matcher import LETTERS
 from examples.capimagine.refused import Refusal, Refused
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import InputError, brief
 from imaginelens.organisms.hunt import SHAPES, sample
 
 MOST = 512  # hunts, if nobody says how many
@@ -137,9 +137,10 @@ def read(
         except Refusal as refusal:
             yield refusal.of(id)
         except KeyError as error:
-            yield Refused(id, f"it has no column {error}", "column")
-        except (ValueError, TypeError, SyntaxError) as error:
-            yield Refused(id, f"it cannot be read ({type(error).__name__}: {error})", "unreadable")
+            yield Refused(id, f"it has no column {brief(error)}", "column")
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            why = f"{type(error).__name__}: {brief(error)}"  # the last two: of what is too deep
+            yield Refused(id, f"it cannot be read ({why})", "unreadable")
         else:
             seen.add(question.id)
             yield question
@@ -436,10 +437,10 @@ def _rows(paths: list[Path] | Path) -> Iterator[tuple[str, Row]]:
             for row in _READERS[path.suffix](path):
                 yield str(number), row
                 number += 1
-        except (ValueError, OSError, csv.Error) as error:  # Arrow's are ValueErrors
-            raise InputError(
-                f"{path} breaks off behind row {number} ({type(error).__name__}: {error}); fetch "
-                "it again"
+        except (ValueError, TypeError, OSError, RecursionError, csv.Error) as error:
+            raise InputError(  # Arrow's are ValueErrors
+                f"{path} breaks off behind row {number} ({type(error).__name__}: {brief(error)}); "
+                "fetch it again"
             ) from error
 
 
@@ -448,7 +449,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
         for line in lines:
             try:
                 row = json.loads(line)
-            except ValueError:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError):  # not JSON, or not UTF-8
                 row = {}
             if line.strip():
                 yield row if isinstance(row, dict) else {}

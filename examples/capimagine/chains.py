@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from imaginelens.hooks.errors import brief
+
 OPEN, CLOSE = "<think_image>", "</think_image>"
 
 
@@ -140,8 +142,8 @@ def _read(path: Path) -> Iterator[Chain]:
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"line {number} of {path.name} is no chain ({type(error).__name__}: {error}); "
-                "write such files with examples.capimagine.data"
+                f"line {number} of {path.name} is no chain ({type(error).__name__}: "
+                f"{brief(error)}); write such files with examples.capimagine.data"
             ) from error
 
 

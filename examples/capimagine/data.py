@@ -34,6 +34,7 @@ from PIL import Image
 from examples.capimagine.chains import OPEN, Chain, Part, Picture, load, save
 from examples.capimagine.refused import Refusal, Refused, SourceError, count
 from examples.capimagine.unpack import unpack as unpack_zip
+from imaginelens.hooks.errors import brief
 
 SUBSETS = (
     *("Visual_CoT", "CogCoM", "ReFocus"),
@@ -238,7 +239,7 @@ def _looked_at(file: Path) -> str:
 
 
 def _shown(keys: Counter[str]) -> str:
-    return ", ".join(f"{key!a}" for key, _ in keys.most_common(12)) or "none"
+    return ", ".join(brief(f"{key!a}", 60) for key, _ in keys.most_common(12)) or "none"
 
 
 def _monet_roots(source: Path, file: Path) -> tuple[Path, ...]:

@@ -6,6 +6,11 @@ from which the class it builds on was removed. So its numbers are recorded once 
 
     pip install sae-lens==6.51.1 transformer-lens==3.9.0 transformers==5.23.0
     python examples/interop/sae_record.py > examples/interop/sae_recorded.json
+
+To have `tests/interop/test_with_sae.py` ask SAELens itself, put it into an environment of its own
+with this library, which declares transformer-lens 4, so the older one needs `--no-deps`:
+
+    pip install sae-lens==6.51.1 && pip install --no-deps transformer-lens==3.9.0
 """
 
 import json

@@ -19,7 +19,7 @@ import imaginelens as il
 from examples.reproduce.rewriter import Rewriter
 from examples.reproduce.subjects import Settings, Subject
 from imaginelens.hooks import answers
-from imaginelens.hooks.errors import InputError
+from imaginelens.hooks.errors import InputError, brief, quoted
 
 # How many questions a benchmark has, where its folder is not at hand: from its authors' pages.
 SIZES = {
@@ -150,13 +150,15 @@ def read_config(path: Path) -> Config:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{str(path)!r} is no config that can be read: {error}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} is no config that can be read: {brief(error)}") from error
     _known(raw, {*_SECTIONS, "data"}, path, "")
-    family = raw.get("model", {}).get("family")
-    if family not in il.FAMILIES:
+    model = raw.get("model")
+    family = model.get("family") if isinstance(model, Mapping) else None
+    if not isinstance(family, str) or family not in il.FAMILIES:
         raise InputError(
-            f"{path.name}: [model] family is {family!r}; choose one of {', '.join(il.FAMILIES)}"
+            f"{path.name}: [model] family is {quoted(family)}; choose one of "
+            f"{', '.join(il.FAMILIES)}"
         )
     textual = isinstance(il.FAMILIES[family], il.TextSpec)
     needed = ["model", "data", "run", "rewriter" if textual else "do_z"]
@@ -182,7 +184,7 @@ def _known(raw: Mapping[str, Any], known: set[str], path: Path, section: str) ->
         if key not in known:
             where = f"[{section}] has the key" if section else "has the section"
             raise InputError(
-                f"{path.name} {where} {key!r}, which is not known; known are "
+                f"{path.name} {where} {quoted(key)}, which is not known; known are "
                 f"{', '.join(sorted(known))}"
             )
 
@@ -199,7 +201,8 @@ def _check(
         if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
             name = kind.__name__ if isinstance(kind, type) else "number"
             raise InputError(
-                f"{path.name}: [{section}] {key} is {raw[key]!r}, expected a value of kind {name}"
+                f"{path.name}: [{section}] {key} is {quoted(raw[key])}, expected a value of "
+                f"kind {name}"
             )
 
 
@@ -209,19 +212,20 @@ def _check_data(raw: Any, path: Path) -> None:
     _known(raw, {*SIZES, QUESTIONS}, path, "data")
     for key, folder in raw.items():
         if not isinstance(folder, str):
-            raise InputError(f"{path.name}: [data] {key} is {folder!r}, expected a path")
+            raise InputError(f"{path.name}: [data] {key} is {quoted(folder)}, expected a path")
 
 
 def _check_values(raw: Mapping[str, Any], path: Path, textual: bool) -> None:
     model, run, do_z = raw["model"], raw["run"], raw.get("do_z", {})
     if model["answer"] not in FINDERS:
         raise InputError(
-            f"{path.name}: [model] answer is {model['answer']!r}; choose one of "
+            f"{path.name}: [model] answer is {quoted(model['answer'])}; choose one of "
             f"{', '.join(FINDERS)}"
         )
     if not isinstance(getattr(torch, model["dtype"], None), torch.dtype):
         raise InputError(
-            f"{path.name}: [model] dtype is {model['dtype']!r}; torch has float32, bfloat16, ..."
+            f"{path.name}: [model] dtype is {quoted(model['dtype'])}; torch has float32, "
+            "bfloat16, ..."
         )
     if model["steps"] < 0 or (textual and model["steps"]):
         raise InputError(
@@ -238,8 +242,10 @@ def _check_values(raw: Mapping[str, Any], path: Path, textual: bool) -> None:
         good = all(v in ("mean", "random") for v in values) if key == "tau" and do_z else all(
             isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 for v in values
         )  # fmt: skip
-        if not values or not good or len(set(values)) < len(values):
+        if not values or not good or len(set(map(str, values))) < len(values):
             what = "some of mean, random" if key == "tau" else "numbers from 0"
-            raise InputError(f"{path.name}: [do_z] {key} is {values!r}, expected {what}, each once")
+            raise InputError(
+                f"{path.name}: [do_z] {key} is {quoted(values)}, expected {what}, each once"
+            )
     if do_z and do_z["draws"] < 1:
         raise InputError(f"{path.name}: [do_z] draws is {do_z['draws']}, expected 1 or more")

@@ -309,7 +309,7 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return import_module(f"imaginelens.{name}")
     if name not in _WHERE:
-        raise AttributeError(f"imaginelens has no {name!r}; see dir(imaginelens)")
+        name = import_module("imaginelens.removed").instead_of(name)
     value = getattr(import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

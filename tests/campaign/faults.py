@@ -1,9 +1,10 @@
 """What goes wrong on machines, on purpose: nothing is lost, nothing stays behind, and it is said.
 
-`python tests/campaign/faults.py --out FILE`. Five kinds:
-torn files (each file of each kind of folder, cut at random), exceptions at every site (of forwards
-and of generation), a disk that is full after some bytes, folders that may not be written to, and
-running out of memory in the middle of a sweep.
+`python tests/campaign/faults.py --out FILE`. Torn files (each file of each kind of folder, and of a
+checkpoint, cut at random), exceptions at every site (of forwards and of generation), a disk that is
+full after some bytes, folders that may not be written to, SIGKILL in the middle of writing, two
+writers of one folder at once, and running out of memory in the middle of a sweep. Processes that
+are killed, or meet, in the middle of a study are in `tests/mediation/test_study_scale.py`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,11 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
-from campaign.readers import OURS, READERS, Reader, some_states
+from campaign.readers import OURS, READERS, some_lens, some_map, some_result, some_states
 
 import imaginelens as il
+from imaginelens.hooks.errors import InputError
 from imaginelens.mediation import behind_prefix
+from imaginelens.organisms import checkpoint
 
+Write = Callable[[Path], Any]
 ORGANISMS = ("latent-content", "latent-pointer", "latent-ignored", "latent-ignored-aligned")
 
 
@@ -68,20 +73,44 @@ def torn(per_file: int, seed: int = 0) -> Figures:
             home = Path(folder)
             reader.write(home)
             whole = (home / reader.file).read_bytes()
-            for end in rng.integers(0, len(whole), per_file):
+            for k, end in enumerate(rng.integers(0, len(whole), per_file)):
                 (home / reader.file).write_bytes(whole[:end])
-                _read(reader, home, figures, f"{reader.name} cut at {end}")
+                if reader.mend is not None and k % 2:  # else a digest tells it
+                    reader.mend(home, whole[:end])
+                what = f"{reader.name} cut at {end}"
+                _read(reader.read, reader.refuses, home, figures, what)
             (home / reader.file).write_bytes(whole)
+            if reader.mend is not None:
+                reader.mend(home, whole)
             reader.read(home)  # what was there is still read
     return figures
 
 
-def _read(reader: Reader, home: Path, figures: Figures, what: str) -> None:
+def torn_checkpoints(per_file: int, name: str = "direct", seed: int = 0) -> Figures:
+    """Each file of a checkpoint is cut at random; it is refused, or opened."""
+    figures, rng = Figures("torn checkpoints"), np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / name
+        shutil.copytree(checkpoint.folder(name), home)
+        for file in sorted(home.iterdir()):
+            whole = file.read_bytes()
+            for end in rng.integers(0, len(whole), per_file):
+                file.write_bytes(whole[:end])
+                what = f"{file.name} of {name} cut at {end}"
+                _read(il.load, OURS, home, figures, what)
+            file.write_bytes(whole)
+        il.load(home)
+    return figures
+
+
+def _read(
+    read: Write, refuses: tuple[type[Exception], ...], home: Path, figures: Figures, what: str
+) -> None:
     figures.injected += 1
     try:
-        reader.read(home)
+        read(home)
         figures.unharmed += 1
-    except reader.refuses:
+    except refuses:
         figures.told += 1
     except Exception as error:
         figures.wrong.append(f"{what}: {type(error).__name__}: {error}"[:300])
@@ -134,24 +163,39 @@ def _raise_at(
 # ---- a full disk, and folders that may not be written to ----------------------------------------
 
 
-def _writers() -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
+@cache
+def _writers(seed: int = 0) -> dict[str, tuple[Write, Write]]:
     """Each kind of result: how it is written into a folder, and read again."""
     from imaginelens.hooks.cache import ActivationCache
+    from imaginelens.mediation.graph_export import save_graph
+    from imaginelens.mediation.sufficiency import Sufficiency
     from imaginelens.probes.erasing import Eraser, erase
     from imaginelens.probes.fitting import fit_probe
     from imaginelens.probes.map_result import ProbeMap
     from imaginelens.probes.mapping import probe_map
     from imaginelens.probes.saving import load_probe
     from imaginelens.probes.shards import open_states, save_states
+    from imaginelens.probes.tuned_lens import TunedLens
 
     lens = il.load("latent-content")
-    task = lens.task(n=4, seed=0)
-    how = {"sites": "resid_post", "positions": il.latent, "metric": il.logit_diff}
-    found = il.sweep(lens, task, **how)
+    task = lens.task(n=4, seed=seed)
+    found, result, tuned = some_map(seed), some_result(seed), some_lens(seed)
     _, cache = lens.run_with_cache(task.base, names_filter="*.hook_resid_post")
-    states, pairs = some_states(), _plain(task)
+    latents = il.Latents.of(lens.run(task.base), ids=list("abcd"))
+    states, pairs = some_states(seed), _plain(task)
     probe, eraser, grid = fit_probe(states), erase(states, steps=[1]), probe_map(states)
+    graph = {"metadata": {"slug": f"hunt-{seed}"}, "nodes": list(range(500))}
     return {
+        "result": (result.save, Sufficiency.load),
+        "tuned lens": (tuned.save, TunedLens.from_pretrained),
+        "recorded latents": (
+            lambda folder: latents.save(_made(folder) / "latents.safetensors"),
+            lambda folder: il.Latents.load(folder / "latents.safetensors"),
+        ),
+        "graph": (
+            lambda folder: save_graph(graph, folder),
+            lambda folder: _graphs(folder),
+        ),
         "effect map": (found.save, il.EffectMap.load),
         "cache": (
             lambda folder: cache.save(_made(folder) / "cache.safetensors"),
@@ -169,6 +213,15 @@ def _writers() -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]
             lambda folder: il.Pairs.from_jsonl(folder / "pairs.jsonl"),
         ),
     }
+
+
+def _graphs(folder: Path) -> Any:
+    """The graphs that the list of a folder names, as a tool for graphs reads them."""
+    listed = folder / "graph-metadata.json"
+    if not listed.exists():
+        raise InputError("there is no list of graphs")
+    named = json.loads(listed.read_text())["graphs"]
+    return [json.loads((folder / f"{one['slug']}.json").read_text()) for one in named]
 
 
 def _plain(task: il.Pairs) -> il.Pairs:
@@ -252,12 +305,26 @@ def _judge(
 
 def _in_child(act: Callable[[], Any], *, limit: int | None = None, nobody: bool = False) -> str:
     """Do it in a process with limits: "" if it went well, "told ..." for an error that says so."""
+    return _said(*_begun(act, limit=limit, nobody=nobody))
+
+
+def _begun(
+    act: Callable[[], Any],
+    *,
+    limit: int | None = None,
+    nobody: bool = False,
+    gate: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """The process, once the gate opens, and where it says how it went."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         told = "died"
         try:
+            if gate is not None:
+                os.close(gate[1])
+                os.read(gate[0], 1)
             if nobody and os.geteuid() == 0:
                 os.setgid(65534)
                 os.setuid(65534)
@@ -277,10 +344,260 @@ def _in_child(act: Callable[[], Any], *, limit: int | None = None, nobody: bool 
             os.write(writing, told.encode()[:4000])
             os._exit(0)
     os.close(writing)
+    return child, reading
+
+
+def _said(child: int, reading: int) -> str:
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read().decode()
+        told = pipe.read().decode("utf-8", "replace")
     os.waitpid(child, 0)
     return told
+
+
+# ---- killed ----
+
+
+def killed(times: int = 40, seed: int = 0) -> Figures:
+    """SIGKILL in the middle of writing, at calls drawn at random, most of which touch a file. What
+    was there is there; what is new is whole, or refused and written at a second try."""
+    figures, rng = Figures("SIGKILL while writing"), np.random.default_rng(seed)
+    for name, (write, read) in _writers().items():
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder)
+            write(home / "before")
+            whole = _files(home / "before")
+            calls = np.array(_calls(lambda w=write, h=home: w(h / "counted")))
+            touching = np.flatnonzero(calls)
+            for k in range(times):
+                at = int(rng.integers(len(calls)) if k % 4 == 3 else rng.choice(touching))
+                left = home / ("before" if k % 4 == 2 else "now")  # a result that is there already
+                figures.injected += 1
+                _dies(lambda w=write, p=left: w(p), at)
+                what = f"{name}, killed at call {at} of {len(calls)}"
+                _judge_killed(what, left, whole, write, read, figures)
+                if _files(home / "before") != whole:
+                    figures.lost += 1
+                    figures.wrong.append(f"{what}: what was there is lost")
+    return figures
+
+
+def _judge_killed(
+    what: str, left: Path, whole: dict[str, bytes], write: Write, read: Write, figures: Figures
+) -> None:
+    if left.name == "before":
+        figures.unharmed += 1
+        return
+    try:
+        read(left)
+        figures.unharmed += 1
+        if _files(left) != whole:
+            figures.wrong.append(f"{what}: half a result is read as a whole one")
+    except OURS:
+        figures.told += 1
+        try:
+            write(left)
+        except OURS:  # what is left stands in the way, and that is said
+            shutil.rmtree(left)
+            write(left)
+        read(left)
+    except Exception as error:
+        figures.wrong.append(f"{what}: what is left is read with {error!r}"[:300])
+    shutil.rmtree(left, ignore_errors=True)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, but for what killed writers leave, which nothing reads."""
+    return {
+        path.relative_to(folder).as_posix(): _content(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".partial"
+    }
+
+
+def _content(path: Path) -> bytes:
+    """What a file says: the words in safetensors' header come in any order."""
+    found = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return found
+    end = 8 + int.from_bytes(found[:8], "little")
+    return json.dumps(json.loads(found[8:end]), sort_keys=True).encode() + found[end:]
+
+
+def _touches(event: str, called: Any) -> bool:
+    """Whether a call of a function in C is one that changes the disk."""
+    owner = (
+        getattr(called, "__module__", None) or type(getattr(called, "__self__", None)).__module__
+    )
+    return event == "c_call" and str(owner).split(".")[0] in ("posix", "io", "_io", "safetensors")
+
+
+def _calls(act: Callable[[], Any]) -> list[bool]:
+    """Every call that an act makes, and whether it touches a file."""
+    found: list[bool] = []
+
+    def seen(frame: Any, event: str, called: Any) -> None:
+        if event in ("call", "c_call"):
+            found.append(_touches(event, called))
+
+    sys.setprofile(seen)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def _dies(act: Callable[[], Any], at: int) -> None:
+    """Do it in a process that is killed at the call of this number."""
+    child = os.fork()
+    if child == 0:
+        left = at
+
+        def count(frame: Any, event: str, called: Any) -> None:
+            nonlocal left
+            if event in ("call", "c_call"):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.setprofile(count)
+            act()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+# ---- files that grow line by line ----
+
+
+def _appenders() -> dict[str, tuple[Callable[[Path, Callable[[], Any]], Any], Write]]:
+    """Each kind: how entries are added to what is there, with a call behind each, and how many are
+    read again."""
+    from examples.capimagine.evaluate import Predictions, load
+    from examples.capimagine.ledger import Entry, Ledger
+    from examples.capimagine.scores import Prediction
+
+    text = "x" * 300
+
+    def ledger(home: Path, done: Callable[[], Any]) -> None:
+        with Ledger(home / "ledger.jsonl") as opened:
+            for _ in range(10):
+                key = f"{os.getpid()}-{len(opened)}"
+                opened.add(Entry(key=key, stage="refine", id="7", text=text))
+                done()
+
+    def entries(home: Path) -> int:
+        with Ledger(home / "ledger.jsonl") as opened:
+            return len(opened)
+
+    def predictions(home: Path, done: Callable[[], Any]) -> None:
+        opened = Predictions(home / "made.jsonl", {"model": "x"}, resume=True)
+        said = ("question", (), False, "red", text, 1, True, 5, 0.5)
+        for k in range(10):
+            opened.add(Prediction(f"{os.getpid()}-{k}", "split", "none", *said))
+            done()
+
+    def made(home: Path) -> int:
+        return len(load(home / "made.jsonl")[1]) if (home / "made.jsonl").exists() else 0
+
+    return {"ledger": (ledger, entries), "predictions": (predictions, made)}
+
+
+def appended(times: int = 40, seed: int = 0) -> Figures:
+    """SIGKILL, or a full disk, while lines are added: each that was said to be there is there."""
+    figures, rng = Figures("lines cut short"), np.random.default_rng(seed)
+    for name, (add, count) in _appenders().items():
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder)
+            calls = np.flatnonzero(_calls(lambda a=add, h=home: a(_made(h / "counted"), int)))
+            safe = 0
+            for k in range(times):
+                figures.injected += 1
+                said = home / "said"
+                said.write_bytes(b"")
+
+                def act(add: Any = add, home: Path = home, said: Path = said) -> None:
+                    told = os.open(said, os.O_WRONLY | os.O_APPEND)
+                    add(home, lambda: os.write(told, b"."))
+
+                if k % 2:
+                    _dies(act, int(rng.choice(calls)))
+                    figures.unharmed += 1
+                else:
+                    there = sum(path.stat().st_size for path in home.glob("*.jsonl"))
+                    limit = there + int(rng.integers(3000))
+                    told = _in_child(act, limit=limit)
+                    figures.told += told.startswith("told ")
+                    figures.unharmed += told == ""
+                    if told and not told.startswith("told "):
+                        figures.wrong.append(f"{name}, limit {limit}: {told}"[:300])
+                safe += said.stat().st_size
+                there = count(home)
+                if there < safe:
+                    figures.lost += safe - there
+                    figures.wrong.append(f"{name}: {safe} were said to be there, {there} are")
+                safe = there
+    return figures
+
+
+# ---- two writers ----
+
+
+def met(times: int = 10) -> Figures:
+    """Two processes write different results into one folder at once: one of them is there, whole,
+    and a writer that was not told otherwise is the one whose result it is."""
+    figures = Figures("two writers at once")
+    for name, (write, read) in _writers().items():
+        other = _writers(1)[name][0]
+        for _ in range(times):
+            with tempfile.TemporaryDirectory() as folder:
+                home = Path(folder)
+                write(home / "a")
+                other(home / "b")
+                first, second = (_files(home / name) for name in "ab")
+                figures.injected += 1
+                told = _both(*(lambda w=w, h=home: w(h / "now") for w in (write, other)))
+                _judge_met(name, told, home / "now", (first, second), read, figures)
+    return figures
+
+
+def _judge_met(
+    name: str,
+    told: tuple[str, str],
+    now: Path,
+    wholes: tuple[dict[str, bytes], dict[str, bytes]],
+    read: Write,
+    figures: Figures,
+) -> None:
+    for words in told:
+        if words and not words.startswith("told "):
+            figures.wrong.append(f"{name}: {words}"[:300])
+    figures.told += any(told)
+    figures.unharmed += not any(told)
+    if all(told):
+        figures.wrong.append(f"{name}: both were refused: {told}"[:300])
+    try:
+        found = read(now)
+    except Exception as error:
+        figures.lost += 1
+        figures.wrong.append(f"{name}: neither is there: {error!r}"[:300])
+        return
+    there, shared = _files(now), {"graph-metadata.json"}  # that lists all graphs of a folder
+    written = [whole for whole, words in zip(wholes, told, strict=True) if not words]
+    kept = [all(there.get(p) == whole[p] for p in {*whole} - shared) for whole in written]
+    if not (all(kept) and len(found) == len(kept) if name == "graph" else any(kept)):
+        figures.lost += 1
+        figures.wrong.append(f"{name}: what is there is not what was written")
+
+
+def _both(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[str, str]:
+    """Do both at once, in a process each; what each said."""
+    gate = os.pipe()
+    one, two = _begun(first, gate=gate), _begun(second, gate=gate)
+    for end in gate:
+        os.close(end)  # which lets both go
+    return _said(*one), _said(*two)
 
 
 # ---- out of memory ------------------------------------------------------------------------------
@@ -319,15 +636,25 @@ def out_of_memory(times: int = 8) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cuts", type=int, default=100, help="of each file")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    kinds = (lambda: torn(options.cuts), raising, full_disk, forbidden, out_of_memory)
+    few = options.small
     found = []
-    for kind in kinds:
+    for kind in (
+        lambda: torn(2 if few else 100),
+        lambda: torn_checkpoints(1 if few else 10),
+        raising,
+        full_disk,
+        forbidden,
+        lambda: killed(2 if few else 40),
+        lambda: appended(4 if few else 100),
+        lambda: met(1 if few else 10),
+        out_of_memory,
+    ):
         found.append(asdict(kind()))
         print(json.dumps(found[-1], indent=1), flush=True)
-    if options.out is not None:
+    if options.out is not None:  # at the end: it is all of them or none
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

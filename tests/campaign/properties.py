@@ -3,9 +3,14 @@
 `python tests/campaign/properties.py --cases 10000 --out FILE`. For each case: the edited forward
 equals plain torch hooks to the last bit (float64), an untouched forward is what it was, no hook is
 left, the landing counts the cells that were meant; and a hook that raises leaves no trace.
+
+It may be stopped at any time, and goes on from the figures in FILE with another seed, unless
+`hooks/` has changed since.
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import re
 import sys
@@ -23,13 +28,14 @@ import oracle
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from untouched import fingerprint, same
 
 import imaginelens as il
 
 FAMILIES = tuple(tiny.FAMILIES)
+ROUND = 250  # cases whose figures are kept together
 PLAIN = (
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out",
     "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "mlp.hook_pre", "mlp.hook_post",
@@ -222,14 +228,14 @@ def _raising(lens: il.LatentModel, prompt: Any, case: Case) -> str:
     return "raised"
 
 
-def campaign(n: int) -> dict[str, Any]:
-    """Try `n` cases; counts of each kind."""
+def campaign(n: int, number: int = 0) -> dict[str, Any]:
+    """Try `n` cases, drawn from a seed; counts of each kind."""
     counted: Counter[str] = Counter()
     families: Counter[str] = Counter()
 
+    @seed(number)
     @settings(
         max_examples=n,
-        derandomize=True,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -244,16 +250,43 @@ def campaign(n: int) -> dict[str, Any]:
     return {"cases": sum(counted.values()), "kinds": dict(counted), "families": dict(families)}
 
 
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The figures of two rounds together."""
+    counts = {
+        name: dict(Counter(before.get(name, {})) + Counter(now[name]))
+        for name in ("kinds", "families")
+    }
+    return {
+        "code": now["code"],
+        "rounds": before.get("rounds", 0) + 1,
+        "cases": before.get("cases", 0) + now["cases"],
+        **counts,
+    }
+
+
+def code() -> str:
+    """A digest of what is tried; comments do not count."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parents[2] / "hooks").rglob("*.py")):
+        digest.update(ast.dump(ast.parse(path.read_bytes())).encode())
+    return digest.hexdigest()[:16]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    found = campaign(options.cases)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    now = code()
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if found.get("code") != now:
+        found = {}
+    while (left := options.cases - found.get("cases", 0)) > 0:
+        tried = campaign(min(left, ROUND), found.get("rounds", 0))
+        found = added(found, {"code": now, **tried})
+        partial = options.out.with_suffix(".partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.replace(options.out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """The whole robustness campaign, and its figures in one table.
 
-`python tests/campaign/run.py OUT` (about three hours on two cores; what is in OUT already is not
-done again): 10,000 property cases, 1,000,000 fuzzed inputs for every reader, more than 1,000
-injected faults. `--small` does a thousandth of it. Needs `pip install atheris` besides the test
-environment. Exit status 1 if anything was lost, left behind, executed, or crashed without a
-sentence.
+`python tests/campaign/run.py OUT` (about two hours on two cores): 10,000 property cases, 1,000,000
+fuzzed inputs for every reader, more than 1,000 injected faults. It may be stopped at any time: what
+is in OUT already is not done again, and readers go on from the inputs that they have had. `--small`
+does a thousandth of it; `--record FILE` keeps the table, with the versions and the machine. Needs
+`pip install atheris` besides the test environment. Exit status 1 if anything was lost, left behind,
+executed, or crashed without a sentence, or is not yet done.
 """
 
 import argparse
 import json
-import re
+import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +24,95 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE.parents[1]))
 
-
-def reader_names() -> list[str]:
-    from campaign.readers import READERS
-
-    return [reader.name for reader in READERS]
-
-
-def run(program: str, out: Path, *arguments: str) -> None:
-    """Run one part in a process of its own, unless its figures are there."""
-    if out.exists():
-        return
-    partial = out.with_suffix(".partial")
-    command = [sys.executable, str(HERE / program), *arguments, "--out", str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode or not partial.exists():
-        out.with_suffix(".log").write_text(done.stdout + done.stderr)
-        print(f"{program} {' '.join(arguments)} broke off: see {out.with_suffix('.log')}")
-        return
-    partial.rename(out)
+PACKAGES = (
+    "imaginelens",
+    "torch",
+    "transformers",
+    "safetensors",
+    "Pillow",
+    "hypothesis",
+    "atheris",
+)
 
 
-def table(out: Path) -> tuple[str, bool]:
-    """The figures in one Markdown table, and whether all is well."""
+@dataclass(frozen=True)
+class Goal:
+    """What a campaign must have tried.
+
+    Attributes:
+        cases: of properties.
+        inputs: of each reader.
+        faults: of all kinds together.
+    """
+
+    cases: int = 10_000
+    inputs: int = 1_000_000
+    faults: int = 1_000
+
+
+FULL = Goal()
+SMALL = Goal(100, 1000, 100)
+
+
+def part(program: str, out: Path, *arguments: str) -> None:
+    """Run one part in a process of its own."""
+    log = (out / program if out.is_dir() else out).with_suffix(".log")
+    with log.open("w") as words:
+        command = [sys.executable, str(HERE / program), *arguments, "--out", str(out)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words)
+    if done.returncode:
+        print(f"{program} {' '.join(arguments)} broke off: see {log}")
+
+
+def table(out: Path, goal: Goal, readers: int) -> tuple[str, bool]:
+    """The figures in Markdown, and whether all is well and done.
+
+    Args:
+        readers: how many there are.
+    """
     rows: list[tuple[Any, ...]] = []
-    well = True
-    for path in sorted(out.glob("fuzz-*.json")):
-        found = json.loads(path.read_text())
-        bad = len(found["crashes"]) + len(found["acts"])
+    fuzzed = [json.loads(path.read_text()) for path in sorted(out.glob("fuzz-*.json"))]
+    for found in fuzzed:
         outcome = f"{found['refused']:,} refused, {found['accepted']:,} read"
+        tried = f"{found['inputs']:,}{_of(found['inputs'], goal.inputs)}"
         size = f"{found['bytes'] / 1e6:,.0f} MB"
-        rows.append((f"fuzz: {found['reader']}", f"{found['inputs']:,} ({size})", outcome, bad))
-        well &= not bad
-    for found in _listed(out / "faults.json"):
-        bad = found["hooks_left"] + found["lost"] + len(found["wrong"])
+        bad = len(found["crashes"]) + len(found["acts"])
+        rows.append((f"fuzz: {found['reader']}", f"{tried} ({size})", outcome, bad))
+    faults = _listed(out / "faults.json")
+    for found in faults:
         outcome = f"{found['told']:,} told, {found['unharmed']:,} without harm"
+        bad = found["hooks_left"] + found["lost"] + len(found["wrong"])
         rows.append((f"faults: {found['kind']}", f"{found['injected']:,}", outcome, bad))
-        well &= not bad
-    for found in _listed(out / "properties.json"):
+    cases = _listed(out / "properties.json")
+    for found in cases:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in found["kinds"].items())
         rows.append(("properties", f"{found['cases']:,}", kinds, 0))
+    whole = sum(found["inputs"] >= goal.inputs for found in fuzzed)
+    tried = sum(found["cases"] for found in cases)
+    injected = sum(found["injected"] for found in faults)
+    size = sum(found["bytes"] for found in fuzzed)
+    lost = {key: sum(found[key] for found in faults) for key in ("hooks_left", "lost")}
+    crashes = sum(len(found["crashes"]) for found in fuzzed)
+    crashes += sum(len(found["wrong"]) for found in faults)
+    acts = sum(len(found["acts"]) for found in fuzzed)
+    inputs = sum(found["inputs"] for found in fuzzed)
+    said = (
+        f"{tried:,} property cases{_of(tried, goal.cases)}; {injected:,} faults injected"
+        f"{_of(injected, goal.faults)}; {inputs:,} inputs fuzzed ({size / 1e9:,.1f} GB): "
+        f"{whole} of {readers} readers have had {goal.inputs:,} or more. "
+    )
+    if faults:  # else nothing could have been lost
+        said += f"{lost['hooks_left']} hooks left, {lost['lost']} results lost, "
+    said += f"{crashes} crashes without a sentence, {acts} things executed."
     lines = ["| part | tried | outcome | lost, left, executed or crashed |", "|-|-:|-|-:|"]
     lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join(lines), well
+    well = not any(row[3] for row in rows)
+    done = whole == readers and tried >= goal.cases and injected >= goal.faults
+    return "\n".join([said, "", *lines]), well and done
+
+
+def _of(tried: int, goal: int) -> str:
+    return "" if tried >= goal else f" of {goal:,}"
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
@@ -70,28 +120,48 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [found]
 
 
+def record(told: str) -> str:
+    """The page that is kept: with what, and on what, it was run."""
+    have = []
+    for name in PACKAGES:
+        try:
+            have.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    machine = f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores"
+    return f"""# The robustness campaign
+
+Written by `python tests/campaign/run.py OUT --record FILE`. {", ".join(have)}; {machine}. Figures
+accumulate over runs; those of a reader begin anew when its code changes.
+
+{told}
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--tell", action="store_true", help="what is in OUT; nothing is run")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs, cases, cuts = (1000, 100, 2) if options.small else (1_000_000, 10_000, 100)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        parts = [
-            pool.submit(run, "properties.py", options.out / "properties.json", f"--cases={cases}"),
-            pool.submit(run, "faults.py", options.out / "faults.json", f"--cuts={cuts}"),
-        ]
-        for name in reader_names():
-            own = options.out / f"fuzz-{re.sub('[^a-z]+', '-', name.lower())}.json"
-            parts.append(pool.submit(run, "fuzz.py", own, name, f"--runs={runs}"))
-        for part in parts:
-            part.result()
-    told, well = table(options.out)
+    out, goal = options.out, SMALL if options.small else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    if not options.tell:
+        small = ["--small"] if options.small else []
+        with ThreadPoolExecutor(options.jobs) as pool:
+            if not (out / "faults.json").exists():
+                pool.submit(part, "faults.py", out / "faults.json", *small)
+            pool.submit(part, "properties.py", out / "properties.json", f"--cases={goal.cases}")
+        part("fuzz.py", out, f"--runs={goal.inputs}", f"--jobs={options.jobs}")
+    from campaign.readers import READERS
+
+    told, well = table(out, goal, len(READERS))
     print(told)
-    whole = len(list(options.out.glob("*.json"))) == len(parts)
-    return 0 if well and whole else 1
+    if options.record is not None:
+        options.record.write_text(record(told))
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 import imaginelens as il
+from imaginelens.hooks.positions import selectors
 
 SPEC = il.LatentSpec(
     name="test", open="<|latent_start|>", close="<|latent_end|>", pad="<|latent_pad|>", max_steps=3
@@ -285,3 +286,19 @@ def test_values_taken_with_gradients_can_be_differentiated() -> None:
     with torch.no_grad():
         _, quiet = lens.run_with_cache(given, names_filter="blocks.1.hook_resid_post")
     assert not quiet["resid_post", 1].requires_grad
+
+
+def test_a_donor_says_what_it_did_not_see() -> None:
+    """The last token is written and never read; a column that was not captured can be asked for."""
+    lens = il.load("latent-content")
+    base, site = lens.task(n=1, seed=0).base, "blocks.1.hook_resid_post"
+    whole = lens.run(base, names_filter=site, positions=il.text)
+    with pytest.raises(il.DonorError, match=r"column 27 \(text\) .* the last token written"):
+        whole.states(site, il.text)
+    assert whole.states(site, il.text.find("which")).mask.all()
+    latents = lens.run(base, names_filter=site, positions=il.latent)
+    with pytest.raises(il.DonorError, match=r"did not capture .* positions=il\.last_prompt"):
+        latents.states(site, il.last_prompt)
+    for wrong in ("text", [il.text, 3]):
+        with pytest.raises(il.InputError, match=r"positions (is|holds) .*; give selectors"):
+            selectors(wrong)

@@ -294,6 +294,61 @@ def test_a_transcoder_reads_one_site_and_changes_the_other(do: str) -> None:
     assert landing.positions == {row: cells.tolist() for row, cells in enumerate(columns)}
 
 
+class BehindNorm(nn.Module):
+    """As in docs/dictionaries.md: reads the stream, and norms it as the model does."""
+
+    def __init__(self, coder: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.coder, self.norm, self.cfg = coder, norm, Relu(d=2, **ACROSS).cfg
+        self.decode = coder.decode
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.coder.encode(self.norm(x))
+        return found
+
+
+@pytest.mark.parametrize("arch", ["qwen2_5_vl", "gemma3", "idefics3"])
+def test_a_transcoder_behind_a_norm_reads_what_the_mlp_reads(arch: str) -> None:
+    lens = il.LatentModel(*tiny.fresh(arch), spec=False)
+    prompt = {"images": tiny.image(40, 24, seed=0), "text": tiny.prompt(arch, "red?")}
+    coder, at = Relu(d=64).to(torch.float64), il.last_prompt
+    place = int(at.resolve(lens.tokens(prompt), 0)[0])
+    norm = lens.model.get_submodule(lens.registry[MID].path)
+    mlp = next(m for n, m in lens.model.named_modules() if n.endswith("layers.1.mlp")
+               and "vision" not in n and "visual" not in n)  # fmt: skip
+    behind = lens.model.get_submodule(lens.registry[OUT].path)  # of Gemma, the norm behind the MLP
+    seen: list[torch.Tensor] = []
+
+    def put(module: Any, given: Any, out: torch.Tensor) -> torch.Tensor:
+        f, new = coder.encode(seen[-1][0, [place]]), out.clone()
+        new[0, place] += (coder.decode(f * 3.0) - coder.decode(f))[0]
+        return new
+
+    with torch.no_grad():
+        plain = lens.run_with_hooks(prompt)
+        see = mlp.register_forward_pre_hook(lambda m, given: seen.append(given[0]))
+        write = behind.register_forward_hook(put)
+        wanted = lens.run_with_hooks(prompt)
+        see.remove()
+        write.remove()
+        logits = {}
+        for name, reader in (("normed", BehindNorm(coder, norm)), ("raw", Relu(d=64, **ACROSS))):
+            with lens.edit(Features(reader, scale=3.0), at=at, site=OUT):
+                logits[name] = lens.run_with_hooks(prompt)
+    assert float((wanted - plain).abs().max()) > 1e-3
+    assert float((logits["normed"] - wanted).abs().max()) < 1e-10
+    assert float((logits["raw"] - wanted).abs().max()) > 1e-3  # the fooling one: the stream itself
+
+
+@pytest.mark.parametrize("reads", ["blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_in"])
+def test_a_transcoder_that_reads_behind_a_norm_is_refused_with_the_way_out(reads: str) -> None:
+    coder = Relu(d=64, hook_name=reads, hook_name_out=OUT)
+    said = rf"reads '{reads}' and writes '{OUT}', .* wrap it so that it norms hook_resid_mid itself"
+    with pytest.raises(il.InputError, match=said):
+        with _tiny().edit(Features(coder, scale=3.0), at=il.last_prompt, site=OUT):
+            pass
+
+
 def test_a_transcoder_acts_while_latents_are_fed_back() -> None:
     """In a generation each forward reads its own states; in fixed context, as in a sweep, too."""
     lens = il.load("latent-content")

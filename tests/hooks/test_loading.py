@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import imaginelens as il
+from imaginelens.hooks.heads import weight_names
 from imaginelens.hooks.loading import adapts, load_model
+from imaginelens.organisms import checkpoint
 
 STRINGS = il.FAMILIES["monet"].strings
 Weights = dict[str, torch.Tensor]
@@ -362,3 +365,58 @@ def test_a_model_beside_adapters_is_ambiguous(tmp_path: Path) -> None:
     one_sentence(error)
     (tmp_path / "adapter_config.json").unlink()
     assert adapts(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, "[]", '{"base_model_name_or_path": 3}']
+)
+def test_a_config_of_adapters_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(il.CheckpointError, match=r"cannot be read|does not say of which") as error:
+        il.load(tmp_path)
+    one_sentence(error)
+
+
+def test_adapters_of_themselves_are_refused(tmp_path: Path) -> None:
+    adapt(tmp_path / "a", tmp_path / "b")
+    adapt(tmp_path / "b", tmp_path / "a")
+    with pytest.raises(il.CheckpointError, match="lead back to") as error:
+        il.load(tmp_path / "a")
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("model.safetensors", "has weights that cannot be read"),
+        ("config.json", "has no config that can be read"),
+        ("tokenizer.json", "has a processor or tokenizer that cannot be read"),
+        ("tokenizer_config.json", "has a processor or tokenizer that cannot be read"),
+        ("preprocessor_config.json", "has a processor or tokenizer that cannot be read"),
+    ],
+)
+def test_a_torn_checkpoint_is_refused(tmp_path: Path, file: str, told: str) -> None:
+    home = tmp_path / "torn"
+    shutil.copytree(checkpoint.folder("direct"), home)
+    whole = (home / file).read_bytes()
+    (home / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(il.CheckpointError, match=told) as error:
+        il.load(home)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": "../x"}}']
+)
+def test_an_index_of_weights_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(il.CheckpointError, match=r"index\.json that cannot be read") as error:
+        weight_names(tmp_path)
+    one_sentence(error)
+
+
+def test_weights_that_are_torn_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(il.CheckpointError, match="cannot be read as safetensors") as error:
+        weight_names(tmp_path)
+    one_sentence(error)

@@ -256,3 +256,23 @@ def test_sources_and_subspaces_that_do_not_fit_are_refused() -> None:
 def test_what_pyvene_does_not_have_is_refused(site: str, edit: il.Edit, message: str) -> None:
     with pytest.raises(il.InputError, match=message):
         to_pyvene(LENS, [(site, edit)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[" * 100_000, "[]", '{"sorted_keys": 3}', '{"sorted_keys": ["/../../x"]}'],
+)
+def test_a_saved_config_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(il.InputError, match=r"is no config that IntervenableModel\.save wrote"):
+        from_pyvene(LENS, tmp_path)
+
+
+def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"sorted_keys": ["a"]}))
+    torch.save({"a": Path}, tmp_path / "intkey_a.bin")
+    with pytest.raises(il.InputError, match="a pickle of anything else could run code"):
+        from_pyvene(LENS, tmp_path)
+    torch.save([1], tmp_path / "intkey_a.bin")
+    with pytest.raises(il.InputError, match="holds a list, not tensors by name"):
+        from_pyvene(LENS, tmp_path)

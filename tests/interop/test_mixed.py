@@ -2,6 +2,7 @@
 or a sentence that says why not."""
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -253,6 +254,59 @@ def test_what_would_not_hear_of_an_edit_is_refused(
 
 def double(act: torch.Tensor, hook: Any) -> torch.Tensor:
     return act * 2
+
+
+@pytest.mark.parametrize("call", [bare, generated, traced_generation, another_wrapper])
+@pytest.mark.parametrize("how", ["edit", "hook", "permanent", "left behind"])
+def test_what_stays_refuses_the_same_calls_until_it_is_taken_off(
+    lens: Any, base: Any, how: str, call: Callable[..., Any]
+) -> None:
+    inputs = lens.prompt(base).inputs
+    before = fingerprint(lens.model)
+    plain, bare_logits = lens.run_with_hooks(base), bare(lens, inputs).logits
+    if how == "edit":
+        lens.registry.add(SITE, il.Zero(), at=il.last_prompt)
+    elif how == "left behind":
+        with lens.hooks([(SITE, double)], reset_hooks_end=False):
+            pass
+    else:
+        lens.add_hook(SITE, double, is_permanent=how == "permanent")
+    said = r"(Zero at last_prompt|hook double at .*) is active and would touch nothing, .*clear\(\)"
+    with pytest.raises(il.EditTouchedNothing, match=said):
+        call(lens, inputs)
+    assert not torch.equal(lens.run_with_hooks(base), plain)  # our verbs hear of it
+    if how == "permanent":
+        lens.registry.clear()
+        with pytest.raises(il.EditTouchedNothing, match=said):
+            call(lens, inputs)
+    lens.registry.clear(including_permanent=True)
+    call(lens, inputs)
+    assert torch.equal(bare(lens, inputs).logits, bare_logits)
+    after = fingerprint(lens.model)
+    assert same({**before, "deltas": {}}, {**after, "deltas": {}})
+
+
+def test_one_entry_that_is_removed_leaves_the_others_guarded(lens: Any, base: Any) -> None:
+    inputs = lens.prompt(base).inputs
+    first = lens.registry.add(SITE, double)
+    second = lens.registry.add(SITE, il.Zero(), at=il.last_prompt)
+    lens.registry.remove(first)
+    with pytest.raises(il.EditTouchedNothing, match="Zero at last_prompt is active"):
+        bare(lens, inputs)
+    lens.registry.remove(second)
+    bare(lens, inputs)
+    assert not lens.model._forward_pre_hooks
+
+
+def test_a_model_outlives_its_lens_and_what_was_active_there(base: Any) -> None:
+    lens = il.load("latent-content")
+    model, inputs = lens.model, lens.prompt(base).inputs
+    lens.add_hook(SITE, double)
+    with pytest.raises(il.EditTouchedNothing):
+        model(**inputs)
+    del lens
+    gc.collect()
+    model(**inputs)  # nobody could take the hook off any more
 
 
 def test_a_hook_that_stays_is_heard_by_raw_traces_or_they_are_refused(lens: Any, base: Any) -> None:

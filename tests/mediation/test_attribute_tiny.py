@@ -563,3 +563,37 @@ def test_cells_of_the_study_are_those_of_a_sweep() -> None:
     reading = s.reading()
     of_batch, _ = patched(s.lens, run, reading.script.tokens, source, cells, "fixed")
     assert list(of_batch.sites) == [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
+
+
+# --- points of a way in one forward -------------------------------------------------------------
+
+
+def image_way(lens: il.LatentModel, pairs: il.Pairs, site: str, rows: int, **more: Any) -> Any:
+    at = more.pop("positions", [il.image, il.latent[1]])
+    return attribute(
+        lens, pairs, sites=site, positions=at, method="ig", steps=5, metric=METRIC,
+        latents=il.Force(2, at=0), batch_size=rows, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", list(tiny.GRID))
+def test_points_that_share_a_forward_are_as_alone(arch: str) -> None:
+    """In every class: pictures, positions and token types belong to each copy of the rows."""
+    model, processor = tiny.fresh(arch)
+    model.generation_config.eos_token_id = None
+    lens = il.LatentModel(model, processor, spec=SPEC)
+    run = lens.run
+    lens.run = lambda x, **more: run(x, **{"max_new_tokens": 9, **more})  # type: ignore[method-assign]
+    base, source = (
+        [{"images": tiny.image(48, 32, seed=k), "text": tiny.prompt(arch, "red?")} for k in ks]
+        for ks in ((0, 1), (2, 3))
+    )
+    two = il.Pairs(base, source, ["A", "C"], ["B", "D"])
+    for pairs, rows, forwards in ((two[:1], 8, 4), (two, 4, 2)):
+        alone = image_way(lens, pairs, "resid_pre", len(pairs))
+        shared = image_way(lens, pairs, "resid_pre", rows)
+        size = np.abs(alone.values).max()
+        assert size > 1e-6
+        np.testing.assert_allclose(shared.values, alone.values, rtol=0, atol=1e-9 * size)
+        sites = len({cell.sites for cell in alone})
+        assert alone.provenance.forwards - shared.provenance.forwards == forwards * sites

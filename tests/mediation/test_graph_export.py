@@ -78,6 +78,7 @@ def test_a_swept_map_is_a_graph_of_its_effects(swept: il.EffectMap) -> None:
         check(graph)
         *cells, target = graph["nodes"]
         assert target["is_target_logit"]
+        assert graph["qParams"]["clickedId"] == target["node_id"]  # opens on the metric's links
         assert len(cells) == len(graph["links"]) == len(swept)
         by_name = {node["clerp"]: node["node_id"] for node in cells}
         weights = {link["source"]: link["weight"] for link in graph["links"]}
@@ -143,9 +144,10 @@ def test_graphs_are_saved_beside_others(swept: il.EffectMap, tmp_path: Path) -> 
     listed = json.loads((tmp_path / "graphs" / "graph-metadata.json").read_text())["graphs"]
     assert [one["slug"] for one in listed] == ["two", "one"]
     assert listed[1]["scan"] == "my-model"
-    (tmp_path / "graphs" / "graph-metadata.json").write_text("[]")
-    with pytest.raises(il.InputError, match="is no list of graphs"):
-        save_graph(one, tmp_path / "graphs")
+    for content in ("[]", "[" * 100_000, '{"graphs": [3]}', '{"graphs": 3}'):
+        (tmp_path / "graphs" / "graph-metadata.json").write_text(content)
+        with pytest.raises(il.InputError, match="is no list of graphs"):
+            save_graph(one, tmp_path / "graphs")
     with pytest.raises(il.InputError, match=r"has no metadata\.slug; make it with"):
         save_graph({"nodes": []}, tmp_path)
 

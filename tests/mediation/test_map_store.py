@@ -318,6 +318,7 @@ def test_a_part_that_is_no_number_of_the_study_is_refused(tmp_path: Path, number
         (b'{"version": 1, "shards": 0, "plan": {}}', "should hold version, shards and plan"),
         (b'{"version": 1, "shards": 1, "plan": []}', "should hold version, shards and plan"),
         (b'{"version": 1, "plan": {}}', "should hold version, shards and plan"),
+        (b'{"version": 1, "shards": 1' + 400 * b"0" + b', "plan": {}}', "parts, expected 1 to"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes, said: str) -> None:

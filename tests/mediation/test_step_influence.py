@@ -35,6 +35,9 @@ def test_a_chain_moves_by_powers_of_its_matrix(direction: str) -> None:
         truth = p.truth[f"single_{context}_{direction}"]
         assert np.allclose(effects.effect, truth.T, rtol=0, atol=1e-12)
         assert effects.context == context
+        assert effects.sham is not None
+        assert effects.sham.shape == (len(p.pairs),)
+        assert not effects.sham.any()
     assert np.abs(found.free.effect - found.fixed.effect)[:2].min() > 0.01
     assert not (found.free.effect - found.fixed.effect)[2].any()
 

@@ -291,6 +291,12 @@ def test_a_changed_card_is_refused(
 def test_torn_or_wrong_arrays_are_refused(states: States, tmp_path: Path) -> None:
     home = erase(states).only(1).save(tmp_path / "card")
     good = load_file(home / "eraser.safetensors")
+    save_file(good | {"1.mean": good["1.mean"] + 1}, home / "eraser.safetensors")
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        Eraser.load(home)
+    card = json.loads((home / "eraser.json").read_text())
+    card.pop("digest")  # as older ones were written
+    (home / "eraser.json").write_text(json.dumps(card))
     for name, array, told in (
         ("1.left", good["1.left"][:-1], "do not fit"),
         ("1.mean", np.full_like(good["1.mean"], np.nan), "not finite"),

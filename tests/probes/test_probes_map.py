@@ -361,6 +361,13 @@ def test_a_saved_map_is_the_map(tmp_path: Path) -> None:
     assert again.summary() == found.summary()
     np.testing.assert_array_equal(again.scores, found.scores)
     assert again.to_dataframe().equals(found.to_dataframe())
+    with pytest.raises(InputError, match=r"holds map\.json already; choose another folder"):
+        found.save(tmp_path / "map")
+    other = probe_map(states(groups=(np.arange(120) // 2).tolist()), permutations=21)
+    other.save(tmp_path / "other")
+    (tmp_path / "other" / "map.safetensors").replace(tmp_path / "map" / "map.safetensors")
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        ProbeMap.load(tmp_path / "map")
     (tmp_path / "map" / "map.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(CheckpointError, match="no probe map"):
         ProbeMap.load(tmp_path / "map")

@@ -193,6 +193,16 @@ def test_saved_then_loaded_equals_kept_in_memory(
     assert "not evidence of what it is used for" in card
     with pytest.raises(InputError, match="holds a tuned lens already"):
         tuned.save(folder)
+    for change, told in (
+        ({"sites": []}, "has no sites"),
+        ({"at": 3}, "has no sites, or does not say"),
+        ({"sites": ["elsewhere"]}, "weight/elsewhere"),
+    ):
+        words = json.loads((folder / WORDS).read_text())
+        (folder / WORDS).write_text(json.dumps(words | change))
+        with pytest.raises(CheckpointError, match=told):
+            TunedLens.from_pretrained(folder)
+        (folder / WORDS).write_text(json.dumps(words))
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="do not belong together"):
         TunedLens.from_pretrained(folder)

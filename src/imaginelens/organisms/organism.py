@@ -173,7 +173,7 @@ def _measured(name: str | Path, revision: str | None) -> dict[str, Any] | None:
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
         known = isinstance(words["variant"], dict) and {"hops", "imagines"} <= set(words["variant"])
-    except (ValueError, TypeError, LookupError):  # a card of something else
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):  # of something else
         return None
     return words if known else None
 

@@ -1,0 +1,1 @@
+"""The release checklist: `python -m release.check` from the root of the repository."""
