@@ -223,7 +223,9 @@ def test_hover_alt_and_marks_say_what_the_colours_do_not(chain: StepInfluence) -
     for words in ("replaced: z[0]", "moved: z[1]", "95% interval", "n: 4"):
         assert words in moved
     assert "in fixed context: z[0]" in figure.alt
-    assert figure.layout.meta["marks"] == ["no controls: no sham was run"]
+    assert figure.layout.meta["marks"] == []
+    without = replace(chain, free=replace(chain.free, sham=None)).plot()
+    assert without.layout.meta["marks"] == ["no controls: no sham was run"]
 
 
 def test_a_single_example_is_marked() -> None:
