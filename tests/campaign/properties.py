@@ -196,8 +196,11 @@ def _by_hand(
 ) -> tuple[Act, list[str]]:
     """The logits by plain torch hooks, and the sites whose edit left all as it was."""
     idle = []
+    pairs = zip(case.edits, columns, strict=True)
+    # by hand, resid_mid is a hook on the block's output, too: it has to act before resid_post's
+    in_order = sorted(pairs, key=lambda pair: pair[0][0].endswith("hook_resid_post"))
     with ExitStack() as stack, torch.no_grad():
-        for (site, name, by, _), at in zip(case.edits, columns, strict=True):
+        for (site, name, by, _), at in in_order:
 
             def put(
                 act: Act, site: str = site, name: str = name, by: float = by, at: list[int] = at
