@@ -330,15 +330,15 @@ def _checked(share: Any, out: Any) -> tuple[int, int]:
     """The part of the shards that is made here."""
     if share is None:
         return 0, 1
-    index, count = share
-    if not 0 <= index < count:
+    numbers = share if isinstance(share, tuple) and len(share) == 2 else (-1, 0)
+    if not all(isinstance(each, int) for each in numbers) or not 0 <= numbers[0] < numbers[1]:
         raise InputError(
             f"share is {share!r}, expected the number of this process, counted from 0, and how "
             "many there are"
         )
-    if out is None and count > 1:
+    if out is None and numbers[1] > 1:
         raise InputError("share= cuts the work into parts that meet in a folder; name it by out=")
-    return index, count
+    return numbers
 
 
 def _sites(lens: LatentModel, wanted: NamesFilter) -> tuple[str, ...]:
