@@ -3,9 +3,10 @@
 `python tests/campaign/run.py OUT` (about two hours on two cores): 10,000 property cases, 1,000,000
 fuzzed inputs for every reader, more than 1,000 injected faults. It may be stopped at any time: what
 is in OUT already is not done again, and readers go on from the inputs that they have had. `--small`
-does a thousandth of it; `--record FILE` keeps the table, with the versions and the machine. Needs
-`pip install atheris` besides the test environment. Exit status 1 if anything was lost, left behind,
-executed, or crashed without a sentence, or is not yet done.
+does a thousandth of it. `--record FILE.md` keeps the table, with the versions and the machine, and
+beside it FILE.json, from which a new OUT, perhaps on another machine, goes on. Needs `pip install
+atheris` besides the test environment. Exit status 1 if anything was lost, left behind, executed, or
+crashed without a sentence, or is not yet done.
 """
 
 import argparse
@@ -131,11 +132,30 @@ def record(told: str) -> str:
     machine = f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores"
     return f"""# The robustness campaign
 
-Written by `python tests/campaign/run.py OUT --record FILE`. {", ".join(have)}; {machine}. Figures
-accumulate over runs; those of a reader begin anew when its code changes.
+Written by `python tests/campaign/run.py OUT --record FILE.md`. {", ".join(have)}; {machine}.
+Figures accumulate over runs and machines; those of a reader begin anew when its code changes.
 
 {told}
 """
+
+
+def keep(out: Path, told: str, page: Path) -> None:
+    """Write the page, and beside it the figures that another OUT can go on from.
+
+    Those of faults are left out: they are soon had again, and nothing tells of what code they are.
+    """
+    paths = sorted((*out.glob("fuzz-*.json"), *out.glob("properties.json")))
+    figures = {path.name: json.loads(path.read_text()) for path in paths}
+    page.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    page.write_text(record(told))
+
+
+def go_on(page: Path, out: Path) -> None:
+    """Put the figures that were kept into OUT, where it has none; each part drops other code's."""
+    kept = page.with_suffix(".json")
+    for name, found in json.loads(kept.read_text()).items() if kept.exists() else ():
+        if not (out / name).exists():
+            (out / name).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:
@@ -143,11 +163,13 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--record", type=Path, metavar="FILE.md")
     parser.add_argument("--tell", action="store_true", help="what is in OUT; nothing is run")
     options = parser.parse_args()
     out, goal = options.out, SMALL if options.small else FULL
     out.mkdir(parents=True, exist_ok=True)
+    if options.record is not None:
+        go_on(options.record, out)
     if not options.tell:
         small = ["--small"] if options.small else []
         with ThreadPoolExecutor(options.jobs) as pool:
@@ -160,7 +182,7 @@ def main() -> int:
     told, well = table(out, goal, len(READERS))
     print(told)
     if options.record is not None:
-        options.record.write_text(record(told))
+        keep(out, told, options.record)
     return 0 if well else 1
 
 

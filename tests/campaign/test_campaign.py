@@ -278,6 +278,31 @@ def test_the_table_says_whether_all_is_well_and_done(tmp_path: Path) -> None:
         assert not run.table(tmp_path, run.Goal(9, 5, 3), 1)[1]
 
 
+def test_what_is_kept_is_gone_on_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "campaign.md"
+    out.mkdir()
+    fuzz.note(fuzz.Figures("x", code="a", inputs=5, rounds=1), out / "fuzz-x.json")
+    (out / "properties.json").write_text(json.dumps({"cases": 9, "kinds": {}}))
+    (out / "faults.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(out), "--tell", "--record", str(page)])
+    assert run.main() == 1  # for it is not done
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    fuzz.note(fuzz.Figures("x", inputs=7), elsewhere / "fuzz-x.json")
+    run.go_on(page, elsewhere)
+    assert json.loads((elsewhere / "fuzz-x.json").read_text())["inputs"] == 7  # has its own
+    assert json.loads((elsewhere / "properties.json").read_text())["cases"] == 9
+    assert not (elsewhere / "faults.json").exists()
+    new = tmp_path / "new"
+    new.mkdir()
+    run.go_on(page, new)
+    figures = fuzz.Figures("x", code="a")
+    assert fuzz.continued(figures, new / "fuzz-x.json").inputs == 5
+    assert fuzz.continued(replace(figures, code="b"), new / "fuzz-x.json").inputs == 0
+
+
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "campaign.md"
 
 
