@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imaginelens.estimates import Estimate
+from imaginelens.estimates.errors import spoken
 from imaginelens.hooks import LatentModel, Pairs
 from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.metrics import Metric, logit_diff
@@ -151,8 +152,8 @@ class FaithfulnessCurve(Saved):
     def __repr__(self) -> str:
         points = ", ".join(f"{s:g}: {f:.3g}" for s, f in zip(self.shares, self.f, strict=True))
         return (
-            f"FaithfulnessCurve of {len(self.cells)} cells, n={self._there.sum()}: {self.cpr}, CMD "
-            f"{self.cmd:.4g}; f {points}"
+            f"FaithfulnessCurve of {len(self.cells)} cells, n={self._there.sum()}: "
+            f"{spoken(lambda: self.cpr)}, CMD {self.cmd:.4g}; f {points}"
         )
 
     @property

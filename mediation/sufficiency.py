@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imaginelens.estimates import Estimate
+from imaginelens.estimates.errors import spoken
 from imaginelens.hooks import LatentModel, Pairs
 from imaginelens.hooks.errors import InputError
 from imaginelens.hooks.metrics import Metric, logit_diff
@@ -53,7 +54,7 @@ class Sufficiency(Saved):
         return self.map.recovery_at(self.map.cells[0])
 
     def __repr__(self) -> str:
-        return f"Sufficiency of {_named(self.cells)}: {self.recovery}"
+        return f"Sufficiency of {_named(self.cells)}: {spoken(lambda: self.recovery)}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -99,8 +100,8 @@ class Selectivity(Saved):
     def __repr__(self) -> str:
         n = len(self.random)
         return (
-            f"Selectivity of {_named(self.cells)}: {self.difference}; p = {self.pvalue:.3g} among "
-            f"{'all ' if self.exhaustive else ''}{n} other sets"
+            f"Selectivity of {_named(self.cells)}: {spoken(lambda: self.difference)}; p = "
+            f"{self.pvalue:.3g} among {'all ' if self.exhaustive else ''}{n} other sets"
         )
 
 
