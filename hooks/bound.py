@@ -24,6 +24,7 @@ from imaginelens.hooks.model import LatentModel
 from imaginelens.hooks.prompts import Prompt
 from imaginelens.hooks.run import Run
 from imaginelens.hooks.sites import SiteTable
+from imaginelens.hooks.tensor_parallel import whole_weight
 from imaginelens.hooks.weights import (
     NormReading,
     Weights,
@@ -522,7 +523,7 @@ class _Lent(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return cast(torch.Tensor, self.module.weight)
+        return whole_weight(self.module)
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -154,8 +154,9 @@ class EditEntry(Entry):
         fresh = site.is_vision | (at_columns >= chunk.start)  # not those that wait in the cache
         if fresh.any():
             self.landing.record(
-                site.name, rows[fresh], at_columns[fresh], old[fresh], new[fresh], chunk
-            )
+                site.name, rows[fresh], at_columns[fresh], old[fresh], new[fresh], chunk,
+                donated=self.edit.lines_up,
+            )  # fmt: skip
         return _scatter(site, act, chunk, rows, places, new)
 
     def _changed(
@@ -225,8 +226,9 @@ class EditEntry(Entry):
         is_read = wanted.any(1).cpu().numpy()[rows, places]
         fresh = is_read & self._first_time(site.name, rows, at_columns, is_read)
         self.landing.record(
-            site.name, rows[fresh], at_columns[fresh], old[fresh], new[fresh], chunk
-        )
+            site.name, rows[fresh], at_columns[fresh], old[fresh], new[fresh], chunk,
+            donated=self.edit.lines_up,
+        )  # fmt: skip
         return _scatter(site, act, chunk, rows, places, new).transpose(1, 2), wanted
 
     def _first_time(

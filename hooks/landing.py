@@ -7,11 +7,35 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 
 from imaginelens.hooks.errors import EditTouchedNothing
 
 Flag = Literal["not_emitted", "identical_donor"]
 _ROWS, _COLUMNS = 3, 6  # that are named in words
+# Two forwards of other shapes round a state that is the same otherwise, relative to its norm. In
+# half precision that is as much as a real difference may be, so there only equal is the same.
+_ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+def differing(
+    old: Float[torch.Tensor, "cell ..."], new: Float[torch.Tensor, "cell ..."], *, donated: bool
+) -> Bool[torch.Tensor, " cell"]:
+    """Which states are not what they were.
+
+    Any difference counts, also one too small for a norm to show; of states that are `donated`, any
+    beyond what two forwards may round otherwise.
+
+    >>> old, new = torch.ones(2, 4), torch.tensor([[1.0] * 4, [1.000001] * 4])
+    >>> differing(old, new, donated=False).tolist(), differing(old, new, donated=True).tolist()
+    ([False, True], [False, False])
+    """
+    differs = (old != new).flatten(1).any(1)
+    allowed = _ROUNDING.get(old.dtype)
+    if not donated or allowed is None:
+        return differs
+    before, after = old.detach().flatten(1).double(), new.detach().flatten(1).double()
+    return differs & ~((after - before).norm(dim=1) <= allowed * before.norm(dim=1))
 
 
 @dataclass(repr=False)
@@ -22,7 +46,8 @@ class Landing:
         fired: in how many forwards it touched at least one cell.
         cells: row, column, site and relative change of norm of every touched cell.
         flags: rows that the last run did not change, and why: the row, or its donor, had no such
-            position (`not_emitted`), or the new state equals the old one (`identical_donor`).
+            position (`not_emitted`), or the new state equals the old one (`identical_donor`); a
+            donor's, which another forward has computed, up to the rounding of float32 and float64.
         donorless: rows of the last run that were left alone because their donor has no state.
         edges: how many (layer, query, key) edges of attention were cut by a knockout, or led some
             readers to an edited key or value.
@@ -95,14 +120,16 @@ class Landing:
         old: torch.Tensor,
         new: torch.Tensor,
         forward: object,
+        *,
+        donated: bool = False,
     ) -> None:
-        """Note that the cells at these rows and columns went from `old` to `new` in a forward."""
+        """Note that the cells at these rows and columns went from `old` to `new` in a forward;
+        whether `new` is of states that another forward has computed."""
         before, after = old.detach().flatten(1).double(), new.detach().flatten(1).double()
         size, moved = before.norm(dim=1), (after - before).norm(dim=1)
         # from a zero state there is no relative change: infinite, or 0 where nothing moved
         change = torch.where(moved == 0, moved, moved / size)
-        # Any difference counts, also one too small for a norm to show, or a -0.0 for a 0.0.
-        differs = (old != new).flatten(1).any(1)
+        differs = differing(old, new, donated=donated)
         if forward is not self._forward:
             self._forward = forward
             self.fired += 1
@@ -160,7 +187,7 @@ class Landing:
             )
         if not changed and not may_be_identical:
             raise EditTouchedNothing(
-                f"{where} left all {len(touched)} touched rows bit for bit as they were; "
+                f"{where} left all {len(touched)} touched rows as they were; "
                 "give it another donor, or use il.Sham() if that is what you mean"
             )
 

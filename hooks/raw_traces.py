@@ -24,6 +24,7 @@ from imaginelens.hooks.entries import Chunk, EditEntry, HookEntry
 from imaginelens.hooks.errors import EditTouchedNothing, InputError
 from imaginelens.hooks.prompts import Prompt
 from imaginelens.hooks.run import Run
+from imaginelens.hooks.tensor_parallel import keep_collectives
 from imaginelens.hooks.textedits import TextEntry
 from imaginelens.hooks.widening import Widened
 
@@ -55,6 +56,7 @@ class RawTraces(nnsight.NNsight):
     """
 
     def __init__(self, lens: "LatentModel") -> None:
+        keep_collectives(lens.model)
         super().__init__(lens.model)
         self._lens = weakref.ref(lens)
         lens.registry.guard = partial(_guarded, lens.model, weakref.ref(lens.registry))

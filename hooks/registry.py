@@ -26,6 +26,7 @@ from imaginelens.hooks.errors import InputError, SiteUnavailable
 from imaginelens.hooks.names import NamesFilter, match
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.sites import ORDER, Site, SiteTable
+from imaginelens.hooks.tensor_parallel import shown_whole
 from imaginelens.hooks.textedits import TextEntry, edit_entry
 
 
@@ -280,7 +281,9 @@ class HookRegistry(Mapping[str, Site]):
     ) -> engine.Worker:
         slot = site.kind.slot
         if slot not in ("mid", "stream"):
-            worker = engine.visit(wrapped, site.path, _ENDS.get(slot, slot), fn)
+            end = _ENDS.get(slot, slot)
+            fn = shown_whole(wrapped._module.get_submodule(site.path), end, site.name, fn)
+            worker = engine.visit(wrapped, site.path, end, fn)
             return worker if site.call == 0 else engine.at_call(worker, site.call)
         if site.block is None:
             raise SiteUnavailable(f"{site.name!r} belongs to no block")

@@ -12,6 +12,7 @@ from imaginelens.hooks.attention import SLOTS, offers_pattern
 from imaginelens.hooks.errors import HookNameError, SiteUnavailable
 from imaginelens.hooks.names import match
 from imaginelens.hooks.structure import Block, Structure
+from imaginelens.hooks.tensor_parallel import is_split
 
 Slot = Literal[
     "output", "input", "first_half", "mid", "stream", "rot_q", "rot_k", "pattern", "latent"
@@ -260,6 +261,16 @@ def _add_block(
         table.unavailable[name] = (
             "its attention class adds a position bias of its own to the scores, which the "
             "attention written out here does not have; edit hook_z or hook_attn_out instead"
+        )
+        return
+    if (
+        kind.slot in SLOTS
+        and path is not None
+        and any(is_split(part) for part in model.get_submodule(path).modules())
+    ):
+        table.unavailable[name] = (
+            "its heads are split among processes, each of which looks at its own alone; edit "
+            "hook_z or hook_attn_out instead, or load the model without tp_plan"
         )
         return
     heads = None

@@ -14,6 +14,7 @@ from torch import nn
 
 from imaginelens.hooks.errors import SiteUnavailable
 from imaginelens.hooks.structure import Block, Structure
+from imaginelens.hooks.tensor_parallel import whole_weight
 
 Weights = dict[str, Callable[[], torch.Tensor]]
 
@@ -51,7 +52,7 @@ def mlp_weights(model: nn.Module, structure: Structure, layer: int) -> Weights:
     """
     block = structure.blocks[layer]
     linear = partial(_linear, model, block, "mlp_down", f"blocks.{layer}.mlp.W_out")
-    return {"W_out": lambda: linear().weight.T, "b_out": partial(_bias, linear)}
+    return {"W_out": lambda: whole_weight(linear()).T, "b_out": partial(_bias, linear)}
 
 
 def _linear(model: nn.Module, block: Block, part: str, name: str) -> nn.Linear:
@@ -75,16 +76,17 @@ def _linear(model: nn.Module, block: Block, part: str, name: str) -> nn.Linear:
 
 
 def _into_heads(linear: Callable[[], nn.Linear], heads: int) -> torch.Tensor:
-    return linear().weight.unflatten(0, (heads, -1)).transpose(1, 2)
+    return whole_weight(linear()).unflatten(0, (heads, -1)).transpose(1, 2)
 
 
 def _out_of_heads(linear: Callable[[], nn.Linear], heads: int) -> torch.Tensor:
-    return linear().weight.T.unflatten(0, (heads, -1))
+    return whole_weight(linear()).T.unflatten(0, (heads, -1))
 
 
 def _bias(linear: Callable[[], nn.Linear], heads: int | None = None) -> torch.Tensor:
     layer = linear()
     bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+    bias = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
     return bias if heads is None else bias.unflatten(0, (heads, -1))
 
 

@@ -34,8 +34,10 @@ class Watched(Landing):
         old: torch.Tensor,
         new: torch.Tensor,
         forward: object,
+        *,
+        donated: bool = False,
     ) -> None:
-        super().record(site, rows, columns, old, new, forward)
+        super().record(site, rows, columns, old, new, forward, donated=donated)
         sizes = [act.detach().flatten(1).double().norm(dim=1).tolist() for act in (old, new)]
         self.norms += zip(*sizes, strict=True)
         if site == "hook_latent":

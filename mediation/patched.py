@@ -9,6 +9,7 @@ from jaxtyping import Float, Int8
 
 from imaginelens.hooks import LatentModel, Run
 from imaginelens.hooks.errors import DonorError, InputError
+from imaginelens.hooks.landing import differing
 from imaginelens.hooks.patching import Context
 from imaginelens.hooks.positions import Positions
 from imaginelens.hooks.tokens import Kind, TokenMap
@@ -59,12 +60,13 @@ class Patched:
 
     def flags(self, states: dict[str, States]) -> Int8[np.ndarray, "cell example"]:
         """Why a cell's state is as it was: 0 it is not, 1 a run has no such position, 2 the state
-        that is given is the same."""
+        that is given is the same, up to rounding."""
         found = np.full((len(self.cells), self.n_rows), NOT_EMITTED, dtype=np.int8)
         for i, ((cell, _), take) in enumerate(zip(self.cells, self.takes, strict=True)):
             site = cell.sites[0]
             old, new = states[site][take.spots], self.given[site][take.given]
-            differs = (_of_head(old, cell) != _of_head(new, cell)).flatten(1).any(1).tolist()
+            heads = (_of_head(old, cell), _of_head(new, cell))
+            differs = differing(*heads, donated=True).tolist()
             found[i, take.rows] = IDENTICAL_DONOR
             found[i, [row for row, d in zip(take.rows, differs, strict=True) if d]] = FIRED
         return found

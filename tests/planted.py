@@ -27,7 +27,7 @@ The truth is computed by the recursion above, in numpy, without the model.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from itertools import accumulate, pairwise, permutations
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ import numpy as np
 import tiny
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -235,6 +236,13 @@ class PlantedModel(LlamaForCausalLM):
                 self._write_attention(block.self_attn)
             self._write_what_attention_copies()
             self._write_norm()
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # the kernel that keeps its weights for the backward pass: computed again from such scores,
+        # as others do, they are off by 1e-8 on some processors
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().forward(*args, **kwargs)
 
     def _next(self, h: torch.Tensor) -> torch.Tensor:
         at = self.registers

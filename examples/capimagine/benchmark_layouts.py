@@ -30,6 +30,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -491,7 +492,7 @@ def _picture(given: Any, folder: Path) -> Source:
         path = (folder / given).resolve()
         if not path.is_relative_to(folder.resolve()):
             raise Refusal("picture", f"its picture {given!r} lies outside of the folder")
-        if not path.is_file():
+        if not os.path.isfile(path):  # which Path.is_file raises for names that are too long
             raise Refusal("picture", f"its picture {given!r} is not there")
         return path
     try:

@@ -8,6 +8,7 @@ the model learn the image tokens of the assistant's turns, and needs a chat temp
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def _refuse_broken(chain: Chain) -> None:
     if not any(part if isinstance(part, str) else part.path for part in chain.reply):
         raise InputError(f"chain {chain.id!r} has an empty reply, so there is nothing to learn")
     for path in chain.pictures((*chain.prompt, *chain.reply)):
-        if not path.is_file():
+        if not os.path.isfile(path):  # which Path.is_file raises for names that are too long
             raise InputError(f"chain {chain.id!r} shows {path.name}, which is not at {path}")
 
 

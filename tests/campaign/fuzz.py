@@ -66,8 +66,9 @@ class Figures:
         bytes: how many bytes they had.
         accepted: how many were read as valid.
         refused: how many were refused by an error of ours.
-        crashes: each other outcome, with the place in the code; the input is in `kept`.
+        crashes: each other outcome, with the place in the code.
         acts: audit events that reading must not cause.
+        kept: the input of each crash, by its place, and of acts, by how many there were then.
     """
 
     reader: str
@@ -160,6 +161,7 @@ class Target:
             self._keep(f"{type(error).__name__}: {_place(error)}", content, error)
         if self.watch.seen:
             figures.acts += self.watch.seen[: 20 - len(figures.acts)]
+            figures.kept[f"act {len(figures.acts)}"] = content.hex()
             self.watch.seen.clear()
 
     def written(self) -> None:

@@ -381,6 +381,38 @@ def importing_it_puts_save_on_every_object() -> None:
     assert callable(nnsight.save)
 
 
+@assumed(
+    "nnsight",
+    used="hooks/tensor_parallel.py: BODY_FORWARD",
+    look="nnsight.intervention.source.BODY_FORWARD, and who puts a wrapper back around a module",
+)
+def a_flagged_forward_runs_inside_the_place() -> None:
+    """A `forward` that was put on a module runs within its `output` and `input` if the module has
+    the flag `BODY_FORWARD` before it is wrapped."""
+    from nnsight.intervention.source import BODY_FORWARD
+
+    def install_forward(module: nn.Module, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Named as what makes transformers' wrappers, which nnsight leaves outside otherwise."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return 2 * own(x)
+
+        module.forward = forward
+
+    for flagged in (True, False):
+        torch.manual_seed(0)
+        model, x = Line(), torch.randn(2, 4)
+        layer = model.layers[1]
+        alone = layer(model.layers[0](x))
+        install_forward(layer, layer.forward)
+        if flagged:
+            layer.__dict__[BODY_FORWARD] = True
+        seen: list[torch.Tensor] = []
+        wrapped = nnsight.NNsight(model)
+        traced(wrapped, {"x": x}, lambda at=wrapped, to=seen: to.append(at.get("layers.1").output))
+        assert torch.equal(seen[0], 2 * alone if flagged else alone)
+
+
 # ---- transformers: modules -----------------------------------------------------------------------
 
 
@@ -1173,6 +1205,27 @@ def logits_of_chosen_columns_alone_can_be_asked_for() -> None:
         whole = model(**inputs).logits
         some = model(**inputs, logits_to_keep=torch.tensor([1, 4])).logits
     assert differ(whole[:, [1, 4]], some) < 1e-5
+
+
+@assumed(
+    "transformers",
+    used="hooks/tensor_parallel.py: .install_forward.<locals>.",
+    look="TensorParallelLayer.install_forward, and what model.tp_plan puts on each layer",
+)
+def a_split_layer_has_a_forward_of_install_forward() -> None:
+    """Tensor parallelism puts on a layer a `forward` that is made in an `install_forward`, whose
+    `self` is what splits it: `SequenceParallel` by positions, others by weights, and those of the
+    module `expert_parallel` by experts."""
+    from transformers.distributed import expert_parallel, tensor_parallel
+
+    for kind in ("ColwiseParallel", "RowwiseParallel", "SequenceParallel"):
+        plain = nn.LayerNorm(4, elementwise_affine=False)
+        layer: Any = plain if kind == "SequenceParallel" else nn.Linear(4, 4)
+        split = getattr(tensor_parallel, kind)()
+        split.install_forward(layer, None)
+        assert ".install_forward.<locals>." in layer.forward.__qualname__
+        assert inspect.getclosurevars(layer.forward).nonlocals["self"] is split
+    assert expert_parallel.ExpertParallelLayer.__module__.endswith(".expert_parallel")
 
 
 # ---- transformers: checkpoints and processors ----------------------------------------------------

@@ -481,6 +481,33 @@ def test_a_landing_tells_where_it_fired_and_by_how_much(name: str) -> None:
     assert torch.allclose(before[:, 0], plain.latents[:, 0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "real"),
+    [(torch.float64, 1e-15, 1e-12), (torch.float32, 3e-7, 1e-4), (torch.bfloat16, 0.0, 0.01)],
+)
+def test_a_donor_that_differs_by_rounding_is_identical(
+    dtype: torch.dtype, rounding: float, real: float
+) -> None:
+    """Processors round the same state otherwise in forwards of other shapes; a user's own edit, be
+    it that small, is one."""
+    old = torch.ones(1, 64, dtype=dtype)
+    for donated, size, flags in (
+        (True, rounding, {0: "identical_donor"}),
+        (True, real, {}),
+        (False, real, {}),
+        (False, rounding, {} if rounding else {0: "identical_donor"}),
+    ):
+        landing = Landing("Swap", "latent", ("hook_latent",))
+        where = np.array([0]), np.array([3])
+        landing.record("hook_latent", *where, old, old + size, object(), donated=donated)
+        if flags:
+            with pytest.raises(il.EditTouchedNothing, match="as they were"):
+                landing.judge(1, may_be_identical=False, seen="")
+        else:
+            landing.judge(1, may_be_identical=False, seen="")
+        assert landing.flags == flags
+
+
 def test_fired_counts_forwards_not_sites() -> None:
     lens, given = lens_of(), examples()[0]
     sites = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

@@ -112,6 +112,7 @@ def test_vstar(tmp_path: Path) -> None:
             {**row, "label": "A", "question_id": 6, "text": "What now?"},
             '{"image": "dir',
             {**row, "label": "B", "question_id": 0},
+            {**row, "label": "A", "question_id": 9, "image": f"{'x' * 300}.png"},
         ],
     )
     questions, refused = _split("vstar", inside)
@@ -126,7 +127,7 @@ def test_vstar(tmp_path: Path) -> None:
     assert example["images"][0].size == (4, 4)
     assert example["text"].endswith("D. green Go.")
     reasons = {one.id: one.reason for one in refused}
-    assert list(reasons) == ["1", "2", "3", "4", "5", "6", "8", "0"]
+    assert list(reasons) == ["1", "2", "3", "4", "5", "6", "8", "0", "9"]
     for id, part in {
         "1": "'E' is none of its 4 options",
         "2": "is not there",
@@ -136,6 +137,7 @@ def test_vstar(tmp_path: Path) -> None:
         "6": "no options",
         "8": "no column",
         "0": "same id",
+        "9": "is not there",
     }.items():
         assert part in reasons[id]
 

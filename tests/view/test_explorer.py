@@ -121,7 +121,8 @@ def test_a_map_is_what_sweep_gives(session: Explorer, lens: Any) -> None:
     assert np.abs(effects - direct.effect.reshape(3, 2)).max() == 0.0
     assert np.ptp(effects) > 1.0
     assert np.array_equal(session.effect_map.effect, direct.effect)
-    assert session.sham == session.effect_map.sham[0] == direct.sham[0] == 0.0
+    for sham in (session.sham, session.effect_map.sham[0], direct.sham[0]):
+        assert abs(sham) < 1e-5  # float32: forwards of other shapes may round otherwise
     session.choose(edit="zero")
     assert session.sham is None
     assert session.effect_map.sham is None
