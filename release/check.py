@@ -30,12 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=list(STEPS), metavar="STEP",
                         help=f"one of {', '.join(STEPS)}; may be repeated")  # fmt: skip
     parser.add_argument("--work", type=Path, help="keep what is made here, and use it again")
+    parser.add_argument("--any-torch", action="store_true",
+                        help="where no CPU build of torch is at hand, install the index's own, "
+                        "with gigabytes of CUDA")  # fmt: skip
     options = parser.parse_args(argv)
     wanted = options.only or [name for name in STEPS if not (options.fast and name in LONG)]
     with tempfile.TemporaryDirectory() as folder:
         work = (options.work or Path(folder)).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        outcomes = {name: run(name, Place(work)) for name in wanted}
+        outcomes = {name: run(name, Place(work, options.any_torch)) for name in wanted}
     print(summary(outcomes))
     return int(Failed in outcomes.values())
 

@@ -50,10 +50,18 @@ def make(environment: Path, python: str = sys.executable) -> Path:
     return python_of(environment)
 
 
-def install(python: Path, *packages: str | Path, constraints: Path, torch: str) -> None:
-    """Install packages in the versions of a file, torch first and without CUDA on Linux."""
+def install(
+    python: Path, *packages: str | Path, constraints: Path, torch: str, any_torch: bool = False
+) -> None:
+    """Install packages in the versions of a file, torch first and without CUDA on Linux; where no
+    such build is at hand, with it (gigabytes) if `any_torch`."""
     pip = (python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check")
-    _install_torch(python, pip, torch)
+    try:
+        _install_torch(python, pip, torch)
+    except NotChecked:
+        if not any_torch:
+            raise
+        run(*pip, f"torch=={torch}")
     run(*pip, "-c", constraints, *packages)
 
 
@@ -73,7 +81,7 @@ def _install_torch(python: Path, pip: tuple[str | Path, ...], version: str) -> N
         except Failed:
             raise NotChecked(
                 f"no CPU build of torch {version} for {python} is at hand; put one into a folder "
-                "and name it: PIP_FIND_LINKS=FOLDER"
+                "and name it: PIP_FIND_LINKS=FOLDER, or take the one with CUDA: --any-torch"
             ) from None
 
 

@@ -42,9 +42,11 @@ class Place:
 
     Attributes:
         work: the folder.
+        any_torch: whether torch may come with CUDA where no CPU build is at hand.
     """
 
     work: Path
+    any_torch: bool = False
 
     def tree(self) -> Path:
         """A copy of the tracked files, so that no build sees what lies about in the tree."""
@@ -100,7 +102,9 @@ class Place:
 
         def prepare(python: Path) -> None:
             torch = pinned(NEWEST, "torch")
-            install(python, self.wheel(), constraints=NEWEST, torch=torch)
+            install(
+                python, self.wheel(), constraints=NEWEST, torch=torch, any_torch=self.any_torch
+            )
 
         return self.environment("an empty environment", prepare)
 
@@ -290,7 +294,10 @@ def other_versions(place: Place, *, python: str, constraints: Path) -> str:
 
     def prepare(made: Path) -> None:
         torch = pinned(constraints, "torch")
-        install(made, "-e", f"{ROOT}[probes]", *TOOLS, constraints=constraints, torch=torch)
+        install(
+            made, "-e", f"{ROOT}[probes]", *TOOLS,
+            constraints=constraints, torch=torch, any_torch=place.any_torch,
+        )  # fmt: skip
 
     name = f"python-{python}-{constraints.stem}"
     made = place.environment(name, prepare, interpreter(python))

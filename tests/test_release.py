@@ -306,6 +306,29 @@ def test_a_python_that_is_not_there_is_not_checked() -> None:
         environments.interpreter("3.99")
 
 
+@pytest.mark.parametrize("any_torch", [False, True])
+def test_torch_with_cuda_is_taken_only_where_it_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, any_torch: bool
+) -> None:
+    asked: list[str] = []
+
+    def run(*command: str | Path, **_: object) -> str:
+        asked.append(" ".join(map(str, command)))
+        if command[-1] in ("torch==9.9+cpu", "uv"):
+            raise outcome.Failed("no such build")
+        return ""
+
+    monkeypatch.setattr(environments, "run", run)
+    monkeypatch.setattr(environments.sys, "platform", "linux")
+    options = {"constraints": tmp_path / "c.txt", "torch": "9.9", "any_torch": any_torch}
+    if not any_torch:
+        with pytest.raises(outcome.NotChecked, match="--any-torch"):
+            environments.install(tmp_path / "python", "einops", **options)
+        return
+    environments.install(tmp_path / "python", "einops", **options)
+    assert [line.split()[-1] for line in asked] == ["torch==9.9+cpu", "uv", "torch==9.9", "einops"]
+
+
 def test_the_oldest_versions_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     floors = dict(
