@@ -102,9 +102,7 @@ class Place:
 
         def prepare(python: Path) -> None:
             torch = pinned(NEWEST, "torch")
-            install(
-                python, self.wheel(), constraints=NEWEST, torch=torch, any_torch=self.any_torch
-            )
+            install(python, self.wheel(), constraints=NEWEST, torch=torch, any_torch=self.any_torch)
 
         return self.environment("an empty environment", prepare)
 
@@ -227,7 +225,8 @@ def docs(place: Place) -> str:
             link.symlink_to(os.path.relpath(source, links))
     site = place.work / "site"
     python = place.tools()
-    run(python, "-m", "mkdocs", "build", "-q", "--strict", "-d", site, NO_MKDOCS_2_WARNING="1")
+    # without -q, with which --strict sees no warning
+    run(python, "-m", "mkdocs", "build", "--strict", "-d", site, NO_MKDOCS_2_WARNING="1")
     return f"{len(list(site.rglob('*.html')))} pages"
 
 

@@ -105,8 +105,7 @@ def sample_size(
     little from one n to the next, and "exact" looks past that. "normal" is the textbook formula.
 
     Args:
-        power: the chance of success to plan for.
-        The others are those of `power_equivalence`.
+        power: the chance of success to plan for; the others are those of `power_equivalence`.
 
     Raises:
         EstimateError: the power cannot be reached, because the difference is not smaller than the
@@ -159,8 +158,7 @@ def smallest_margin(
     from n * discordance (rounded) on that allow it.
 
     Args:
-        difference: as observed.
-        The others are those of `power_equivalence`, as observed.
+        difference: as observed, like the others, which are those of `power_equivalence`.
 
     Raises:
         EstimateError: as for `power_equivalence`.
