@@ -187,8 +187,9 @@ class Landing:
             )
         if not changed and not may_be_identical:
             raise EditTouchedNothing(
-                f"{where} left all {len(touched)} touched rows as they were; "
-                "give it another donor, or use il.Sham() if that is what you mean"
+                f"{where} left all {len(touched)} touched rows bit for bit as they were (a donor's "
+                "state: up to rounding); give it another donor, or use il.Sham() if that is what "
+                "you mean"
             )
 
 

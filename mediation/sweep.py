@@ -188,7 +188,8 @@ class Sweep:
             cells=tuple(cell for cell, _ in chunk.cells),
             before=chunk.before_values,
             other=chunk.other_values,
-            after=after,
+            # nothing changed there: what a forward of another shape rounds otherwise is no effect
+            after=np.where(flags > 0, chunk.before_values, after),
             flags=flags,
             change=change,
             groups=None if chunk.pairs.groups is None else tuple(chunk.pairs.groups),

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -1730,9 +1731,7 @@ def test_a_broken_assumption_says_which_where_and_what_to_do() -> None:
     )
     with pytest.raises(AssumptionBroke) as told:
         broken.hold()
-    wanted = (
-        f"torch {torch.__version__} breaks an assumption: Layers are fast. Used in hooks/run.py"
-    )
+    wanted = f"torch {version('torch')} breaks an assumption: Layers are fast. Used in hooks/run.py"
     assert str(told.value).startswith(wanted)
     assert "Look at: the layers (What came: RuntimeError: ['tuple object" in str(told.value)
     assert broken.stale() == []

@@ -355,7 +355,7 @@ def by_embeddings(lens: Any, base: Any) -> None:
     ("edit", "at", "site", "trace", "why"),
     [
         (il.Zero(), il.latent, SITE, read_logits, "reads the prompt alone, which holds no latents"),
-        (il.Steer(0 * D), il.last_prompt, SITE, read_logits, "as they were"),
+        (il.Steer(0 * D), il.last_prompt, SITE, read_logits, "bit for bit as they were"),
         (il.Zero(), il.last_prompt, SITE, stopped_before_it, "touched no position"),
         (
             il.Zero(), il.last_prompt, "blocks.1.hook_attn_out", skipping_its_block,

@@ -408,6 +408,18 @@ def test_a_map_that_touched_nothing_is_an_error() -> None:
         sweep(lens, twin, context="fixed")
 
 
+def test_a_twin_among_the_pairs_has_effects_of_exactly_nothing() -> None:
+    """Whatever forwards of other shapes round otherwise on this processor."""
+    lens, pairs = lens_of("qwen2_5_vl"), pairs_of("qwen2_5_vl")
+    mixed = replace(pairs, source=[pairs.base[0], *pairs.source[1:]])
+    for fast in (True, False):
+        found = sweep(lens, mixed, context="fixed", fast=fast)
+        assert (found.flags[:, 0] == 2).all()
+        assert (found.effect[:, 0] == 0).all()
+        assert (found.flags[:, 1] == 0).all()
+        assert np.abs(found.effect[:, 1]).max() > 0.01
+
+
 def test_chunks_are_joined_cell_by_cell() -> None:
     lens, pairs = lens_of("qwen2_5_vl"), pairs_of("qwen2_5_vl")
     whole = sweep(lens, pairs, context="fixed")
