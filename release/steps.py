@@ -23,7 +23,7 @@ OFFLINE = {
     "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
     "no_proxy": "127.0.0.1,localhost",
 }  # fmt: skip
-TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "beartype>=0.22", "statsmodels>=0.14",
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "beartype>=0.22", "statsmodels>=0.14.5",
          "xarray>=2025.1", "concept-erasure>=0.2.4", "captum>=0.8", "anywidget>=0.9",
          "matplotlib>=3.8")  # fmt: skip
 # What is run with other versions: the contract, the laws and known answers of each part.
